@@ -1,0 +1,77 @@
+// AVX2 path (with FMA and F16C). See block_kernels.h for what this file must not contain.
+#include <immintrin.h>
+
+#include "block_kernels.h"
+
+namespace fedcmt {
+namespace cpu {
+namespace {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+constexpr int kTile = 3;  // 9 accumulators and 4 operands fit the 16 registers
+
+struct Doubles {
+  static constexpr int kLanes = 4;
+  __m256d v;
+
+  static Doubles zero() { return {_mm256_setzero_pd()}; }
+  static Doubles load(const double* p) { return {_mm256_loadu_pd(p)}; }
+  void store(double* p) const { _mm256_storeu_pd(p, v); }
+  static Doubles widen(const float* p) { return {_mm256_cvtps_pd(_mm_loadu_ps(p))}; }
+  static Doubles widen(const BFloat16* p) {
+    const __m128i bits = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    const __m128i shifted = _mm_slli_epi32(_mm_cvtepu16_epi32(bits), 16);
+    return {_mm256_cvtps_pd(_mm_castsi128_ps(shifted))};
+  }
+  static Doubles widen(const Float16* p) {
+    const __m128i bits = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    return {_mm256_cvtps_pd(_mm_cvtph_ps(bits))};
+  }
+};
+
+inline Doubles fma(Doubles a, Doubles b, Doubles c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
+
+struct Floats {
+  static constexpr int kLanes = 8;
+  __m256 v;
+
+  static Floats broadcast(float x) { return {_mm256_set1_ps(x)}; }
+  static Floats load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static Floats load(const BFloat16* p) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
+  }
+  static Floats load(const Float16* p) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+  }
+  void store(float* p) const { _mm256_storeu_ps(p, v); }
+  int count_nonfinite() const {
+    // x - x is 0 for finite x and NaN otherwise.
+    const __m256 difference = _mm256_sub_ps(v, v);
+    const __m256 nonfinite = _mm256_cmp_ps(difference, difference, _CMP_UNORD_Q);
+    return __builtin_popcount(_mm256_movemask_ps(nonfinite));
+  }
+  void add_squares(Doubles sums[2]) const {
+    const Doubles low = {_mm256_cvtps_pd(_mm256_castps256_ps128(v))};
+    const Doubles high = {_mm256_cvtps_pd(_mm256_extractf128_ps(v, 1))};
+    sums[0].v = _mm256_fmadd_pd(low.v, low.v, sums[0].v);
+    sums[1].v = _mm256_fmadd_pd(high.v, high.v, sums[1].v);
+  }
+};
+
+inline Floats fma(Floats a, Floats b, Floats c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+
+#include "block_kernels_impl.h"
+
+}  // namespace
+
+const BlockKernels kAvx2Kernels = {"avx2", gramian_block, server_step_block};
+
+}  // namespace cpu
+}  // namespace fedcmt

@@ -1,0 +1,75 @@
+// AVX-512 path (F, BW, VL, DQ). See block_kernels.h for what this file must not contain.
+#include <immintrin.h>
+
+#include "block_kernels.h"
+
+namespace fedcmt {
+namespace cpu {
+namespace {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+constexpr int kTile = 4;
+
+struct Doubles {
+  static constexpr int kLanes = 8;
+  __m512d v;
+
+  static Doubles zero() { return {_mm512_setzero_pd()}; }
+  static Doubles load(const double* p) { return {_mm512_loadu_pd(p)}; }
+  void store(double* p) const { _mm512_storeu_pd(p, v); }
+  static Doubles widen(const float* p) { return {_mm512_cvtps_pd(_mm256_loadu_ps(p))}; }
+  static Doubles widen(const BFloat16* p) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    const __m256i shifted = _mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
+    return {_mm512_cvtps_pd(_mm256_castsi256_ps(shifted))};
+  }
+  static Doubles widen(const Float16* p) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm512_cvtps_pd(_mm256_cvtph_ps(bits))};
+  }
+};
+
+inline Doubles fma(Doubles a, Doubles b, Doubles c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
+
+struct Floats {
+  static constexpr int kLanes = 16;
+  __m512 v;
+
+  static Floats broadcast(float x) { return {_mm512_set1_ps(x)}; }
+  static Floats load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static Floats load(const BFloat16* p) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+  }
+  static Floats load(const Float16* p) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+  }
+  void store(float* p) const { _mm512_storeu_ps(p, v); }
+  int count_nonfinite() const {
+    constexpr int kNanOrInfinity = 0x99;  // quiet NaN, signalling NaN, +inf, -inf
+    return __builtin_popcount(_mm512_fpclass_ps_mask(v, kNanOrInfinity));
+  }
+  void add_squares(Doubles sums[2]) const {
+    const Doubles low = {_mm512_cvtps_pd(_mm512_castps512_ps256(v))};
+    const Doubles high = {_mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1))};
+    sums[0].v = _mm512_fmadd_pd(low.v, low.v, sums[0].v);
+    sums[1].v = _mm512_fmadd_pd(high.v, high.v, sums[1].v);
+  }
+};
+
+inline Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+
+#include "block_kernels_impl.h"
+
+}  // namespace
+
+const BlockKernels kAvx512Kernels = {"avx512", gramian_block, server_step_block};
+
+}  // namespace cpu
+}  // namespace fedcmt

@@ -1,0 +1,40 @@
+// What one instruction-set path offers: the work on one block of elements, on one thread.
+//
+// Threads, blocks and reductions across blocks live in ops.cpp, compiled for the baseline processor.
+// A path is compiled with its own instruction set, so its source may define nothing that the linker
+// could merge with baseline code: internal linkage throughout, no std:: templates.
+#pragma once
+
+#include <cstdint>
+
+#include "../ops.h"
+
+namespace fedcmt {
+namespace cpu {
+
+// Elements of a row that are widened to float64 at a time. 256 x 8 rows fill half of a 32 KiB L1.
+constexpr int kRun = 256;
+// Widest float64 vector of any path, and the largest register tile; both size the scratch memory.
+constexpr int kMaxLanes = 8;
+constexpr int kMaxTile = 4;
+
+struct BlockKernels {
+  const char* name;
+
+  // pairs[i * n + j] += sum_e rows[i][e] * rows[j][e] for j >= i and e in [begin, end).
+  // scratch: 64-byte aligned memory of this thread, sized in ops.cpp, contents ignored.
+  void (*gramian)(const void* const* rows, int n, Dtype dtype, int64_t begin, int64_t end,
+                  double* scratch, double* pairs);
+
+  // The fused step on elements [begin, end); adds to sums.
+  void (*server_step)(const StepArguments& step, int64_t begin, int64_t end, StepSums* sums);
+};
+
+extern const BlockKernels kPlainKernels;
+#ifdef FEDCMT_X86
+extern const BlockKernels kAvx2Kernels;
+extern const BlockKernels kAvx512Kernels;
+#endif
+
+}  // namespace cpu
+}  // namespace fedcmt

@@ -1,0 +1,237 @@
+"""Every file of a workspace: where it stands, what commits a round, and the export to an nnU-Net model folder."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedcmt.errors import InputError
+from fedcmt.files import copy_into, read_json, read_tensors, write_bytes, write_json, write_text
+from fedcmt.network import build_network
+from fedcmt.preprocessing import CONFIGURATION
+
+_STATE = re.compile(r"round-(\d{4,})\.safetensors")
+_KEPT_ROUNDS = 2  # should the newest be damaged, the one before still stands
+
+
+def _state_file(folder: Path, round_index: int) -> Path:
+    return folder / f"round-{round_index:04d}.safetensors"
+
+
+def _saved_rounds(folder: Path) -> dict[int, Path]:
+    found = {int(match[1]): path for path in folder.glob("round-*") if (match := _STATE.fullmatch(path.name))}
+    return dict(sorted(found.items()))
+
+
+@dataclass(frozen=True)
+class ClientFolder:
+    """A client's files."""
+
+    path: Path
+
+    @property
+    def best(self) -> Path:
+        """The model with the best validation score."""
+        return self.path / "best.safetensors"
+
+    @property
+    def last(self) -> Path:
+        """The model after the last round."""
+        return self.path / "last.safetensors"
+
+    @property
+    def decoder(self) -> Path:
+        """The personal part of the last model."""
+        return self.path / "decoder.safetensors"
+
+    @property
+    def plans(self) -> Path:
+        """nnU-Net's plans with the topology contract."""
+        return self.path / "plans.json"
+
+    @property
+    def dataset_json(self) -> Path:
+        """Channels, labels, classes."""
+        return self.path / "dataset.json"
+
+    @property
+    def facts(self) -> Path:
+        """What inference must know beyond the plans: task, mirroring."""
+        return self.path / "model.json"
+
+    @property
+    def model(self) -> Path:
+        """nnU-Net model folder of the best model."""
+        return self.path / "model"
+
+    @property
+    def states(self) -> Path:
+        """Folder of the states that resuming starts from."""
+        return self.path / "state"
+
+    def state(self, round_index: int) -> Path:
+        """State after a round."""
+        return _state_file(self.states, round_index)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A federation's folder."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One line a round and client, one a round for the server."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def results(self) -> Path:
+        """Scores of the best models."""
+        return self.path / "results.json"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def server(self) -> Path:
+        """Folder of the server's states."""
+        return self.path / "server"
+
+    def server_state(self, round_index: int) -> Path:
+        """The server after a round; its presence commits the round."""
+        return _state_file(self.server, round_index)
+
+    def client(self, name: str) -> ClientFolder:
+        """A client's folder."""
+        return ClientFolder(self.path / "clients" / name)
+
+    def predictions(self, name: str) -> Path:
+        """Folder of a client's predictions."""
+        return self.path / "predictions" / name
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep a second process from writing here.
+
+        Raises:
+            InputError: One does already.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / ".lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise InputError(f"{self.path} is in use by another run", field="workspace",
+                                 fix="wait for it or choose another workspace") from None
+            yield
+
+    def clear(self) -> None:
+        """Delete what a run left here, and nothing else."""
+        for folder in ("server", "clients", "predictions", "tensorboard"):
+            shutil.rmtree(self.path / folder, ignore_errors=True)
+        for path in (self.config, self.metrics, self.results, self.path / "report.html"):
+            path.unlink(missing_ok=True)
+
+    def committed_rounds(self, clients: Sequence[str]) -> list[int]:
+        """Rounds that server and all clients have saved completely, newest first."""
+        saved = [set(_saved_rounds(self.server))]
+        saved += [set(_saved_rounds(self.client(name).states)) for name in clients]
+        return sorted(set.intersection(*saved), reverse=True)
+
+    def discard_old_states(self, round_index: int) -> None:
+        """Delete states that neither resuming nor its fallback needs after a commit."""
+        for folder in [self.server, *(self.path / "clients").glob("*/state")]:
+            for saved, path in _saved_rounds(folder).items():
+                if saved <= round_index - _KEPT_ROUNDS or saved > round_index:
+                    path.unlink()
+
+    def read_metrics(self, up_to_round: int) -> list[dict[str, Any]]:
+        """Lines of committed rounds; later ones belong to a round that was cut off."""
+        if not self.metrics.is_file():
+            return []
+        lines = [json.loads(line) for line in self.metrics.read_text().splitlines()]
+        return [line for line in lines if line["round"] <= up_to_round]
+
+    def write_metrics(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Write all lines."""
+        write_text(self.metrics, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
+
+
+def existing_client(workspace: Path, name: str) -> ClientFolder:
+    """The folder of a client that has a model.
+
+    Raises:
+        InputError: No workspace, no such client, or no model yet.
+    """
+    root = workspace / "clients"
+    if not root.is_dir():
+        raise InputError(f"{workspace} is no workspace of a federation", field="workspace")
+    known = sorted(path.name for path in root.iterdir() if path.is_dir())
+    if name not in known:
+        raise InputError(f"no such client in {workspace}", client=name, field="client",
+                         fix=f"use one of {', '.join(known)}")
+    folder = ClientFolder(root / name)
+    if not folder.best.is_file():
+        raise InputError(f"{workspace} holds no model of it yet", client=name, field="client",
+                         fix="finish a round first")
+    return folder
+
+
+def load_model(folder: ClientFolder) -> tuple[torch.nn.Module, dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """A client's best model, ready to predict.
+
+    Returns:
+        Network, plans, dataset.json, facts.
+
+    Raises:
+        InputError: A file is missing, damaged or does not fit the others.
+    """
+    plans, dataset_json, facts = (read_json(path) for path in (folder.plans, folder.dataset_json, folder.facts))
+    tensors, _ = read_tensors(folder.best)
+    try:
+        architecture = plans["configurations"][CONFIGURATION]["architecture"]
+        network = build_network(architecture, len(dataset_json["channel_names"]), facts["num_heads"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{folder.plans} describes no FedCMT network ({error})", field="plans") from None
+    named = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    copy_into({name: tensor.data for name, tensor in named.items()}, tensors, source=folder.best)
+    return network.eval(), plans, dataset_json, facts
+
+
+def export_nnunet_model(folder: ClientFolder, target: Path) -> None:
+    """Write a client's best model as an nnU-Net model folder, replacing an older one.
+
+    Stock ``nnUNetv2_predict_from_modelfolder -f 0`` reads it wherever ``fedcmt`` can be imported (segmentation). The
+    checkpoint holds four plain entries and loads with ``weights_only=True``.
+    """
+    network, plans, dataset_json, facts = load_model(folder)
+    part = target.with_name(f".{target.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    write_json(part / "plans.json", plans)
+    write_json(part / "dataset.json", dataset_json)
+    checkpoint = io.BytesIO()
+    torch.save({"network_weights": network.state_dict(), "trainer_name": "nnUNetTrainer",
+                "init_args": {"configuration": CONFIGURATION},
+                "inference_allowed_mirroring_axes": tuple(facts["mirror_axes"])}, checkpoint)
+    write_bytes(part / "fold_0" / "checkpoint_final.pth", checkpoint.getvalue())
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(part, target)

@@ -1,0 +1,144 @@
+"""The ``fedcmt`` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedcmt import __version__
+from fedcmt.command import run_command
+from fedcmt.config import ClientConfig, TopologyConfig, load_config, validated
+from fedcmt.errors import InputError
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``fedcmt run`` and ``scripts/run_fed.py``."""
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of the federation")
+    parser.add_argument("--workspace", type=Path, help="where everything is written (default workspace/NAME)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", dest="overrides",
+                        help="override a setting; may be repeated")
+    parser.add_argument("--fresh", action="store_true", help="start over instead of going on")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run or resume a federation."""
+    from fedcmt.federation import run_federation
+
+    overrides = list(options.overrides)
+    if options.workspace:
+        overrides.append(f"workspace={str(options.workspace)!r}")
+    result = run_federation(load_config(options.config, overrides), fresh=options.fresh)
+    print(f"finished {result.rounds} rounds; open {result.workspace / 'report.html'}")
+
+
+def preprocess(options: argparse.Namespace) -> None:
+    """Check, plan and preprocess datasets through nnU-Net."""
+    if options.config:
+        from fedcmt.federation import prepare_clients
+
+        for name, plan in prepare_clients(load_config(options.config)).items():
+            print(f"{name}: {_described(plan)}")
+        return
+    if not options.datasets:
+        raise InputError("nothing to preprocess", field="-d", fix="name datasets with -d ID ... or a federation with --config")
+    _preprocess_datasets(options)
+
+
+def _preprocess_datasets(options: argparse.Namespace) -> None:
+    from fedcmt.dataset import load_dataset
+    from fedcmt.plans import TopologyContract, prepare_client
+
+    contract = TopologyContract.of(TopologyConfig())
+    for identifier in options.datasets:
+        dataset = load_dataset(_folder(options.raw, "raw"), identifier)
+        modality = "CT" if "ct" in [name.lower() for name in dataset.channel_names] else "MR"
+        client = validated(ClientConfig, {"name": dataset.name, "dataset": dataset.name, "modality": modality,
+                                          "spacing": options.spacing})
+        plan = prepare_client(client, dataset, contract, _folder(options.preprocessed, "preprocessed"),
+                              workers=options.workers)
+        print(f"{dataset.name}: {_described(plan)}")
+
+
+def _folder(given: Path | None, which: str) -> Path:
+    import os
+
+    folder = given or os.environ.get(f"nnUNet_{which}")
+    if not folder:
+        raise InputError(f"no folder of {which} datasets", field=f"--{which}",
+                         fix=f"give --{which} or set the environment variable nnUNet_{which}")
+    return Path(folder)
+
+
+def _described(plan: Any) -> str:
+    configuration = plan.configuration
+    return (f"{plan.task}, {len(plan.dataset.train)} cases, spacing {[round(s, 3) for s in configuration.spacing]} mm, "
+            f"patch {list(configuration.patch_size)}, batch {configuration.batch_size} -> {plan.folder}")
+
+
+def report(options: argparse.Namespace) -> None:
+    """Write the report of a workspace anew."""
+    from fedcmt.report import write_report
+
+    if not (options.workspace / "metrics.jsonl").is_file():
+        raise InputError(f"{options.workspace} is no workspace of a federation with a finished round",
+                         field="workspace")
+    print(write_report(options.workspace))
+
+
+def export(options: argparse.Namespace) -> None:
+    """Write a client's best model as an nnU-Net model folder."""
+    from fedcmt.checkpoint import existing_client, export_nnunet_model
+
+    if options.output.exists():
+        raise InputError(f"{options.output} exists", field="-o", fix="choose a new folder")
+    export_nnunet_model(existing_client(options.workspace, options.client), options.output)
+    print(f"{options.output}: nnUNetv2_predict_from_modelfolder -m {options.output} -f 0 -i INPUT -o OUTPUT")
+
+
+def doctor(options: argparse.Namespace) -> None:
+    """Say what was built, what is there and what falls back to what."""
+    from fedcmt.doctor import examination
+
+    for line in examination():
+        print(line)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fedcmt", description="Federated learning across modalities and tasks.")
+    parser.add_argument("--version", action="version", version=f"fedcmt {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(function: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+        text = (function.__doc__ or "").strip().rstrip(".")
+        added = commands.add_parser(function.__name__, help=text[:1].lower() + text[1:], description=function.__doc__)
+        added.set_defaults(function=function)
+        return added
+
+    add_run_arguments(command(run))
+    preparing = command(preprocess)
+    preparing.add_argument("-d", "--datasets", nargs="+", metavar="ID", help="numbers or names of raw datasets")
+    preparing.add_argument("--config", type=Path, help="preprocess for the clients of this federation instead")
+    preparing.add_argument("--raw", type=Path, help="folder of raw datasets (default $nnUNet_raw)")
+    preparing.add_argument("--preprocessed", type=Path, help="output (default $nnUNet_preprocessed)")
+    preparing.add_argument("--spacing", nargs=3, type=float, metavar=("Z", "Y", "X"), help="target spacing in mm")
+    preparing.add_argument("--workers", type=int, default=2, help="threads (default 2)")
+    command(report).add_argument("workspace", type=Path, metavar="DIR")
+    exporting = command(export)
+    exporting.add_argument("workspace", type=Path, metavar="DIR")
+    exporting.add_argument("--client", required=True)
+    exporting.add_argument("-o", "--output", type=Path, required=True, metavar="MODEL_FOLDER")
+    command(doctor)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    return run_command(lambda: options.function(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,280 @@
+"""Every setting and its default. YAML in, resolved YAML out; an unknown key is an error that names the nearest one."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedcmt.errors import InputError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+
+
+def _checked_name(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise ValueError("should be 1 to 64 letters, digits, '_' or '-', starting with a letter or digit")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_checked_name)]
+Axes = Annotated[list[int], Field(min_length=3, max_length=3)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Settings(BaseModel):
+    """A group of settings: immutable, no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TopologyConfig(Settings):
+    """The network all clients share. Axes are in each client's plan order: the axis of lowest resolution first."""
+
+    features: list[Positive] = Field([32, 64, 128, 256, 320], min_length=3, max_length=8)
+    strides: list[Axes] | None = Field(None, description="one [d, h, w] a stage; default 1 in the first, then 2")
+    kernel_sizes: list[Axes] | None = Field(None, description="one [d, h, w] a stage, odd; default 3")
+    convs_per_stage: Positive = 2
+    decoder_convs_per_stage: Positive = 1
+    adaptor_width: Positive = Field(32, description="channels between adaptor and encoder")
+    norm: Literal["instance", "batch"] = "instance"
+
+    @model_validator(mode="after")
+    def _one_entry_a_stage(self) -> TopologyConfig:
+        for name in ("strides", "kernel_sizes"):
+            value = getattr(self, name)
+            if value is not None and len(value) != len(self.features):
+                raise ValueError(f"{name} should have one entry per stage ({len(self.features)}), found {len(value)}")
+        if any(size % 2 == 0 or size < 1 for sizes in self.kernel_sizes or [] for size in sizes):
+            raise ValueError("kernel_sizes should be odd and positive")
+        if any(stride < 1 for strides in self.strides or [] for stride in strides):
+            raise ValueError("strides should be 1 or more")
+        return self
+
+
+class TrainingConfig(Settings):
+    """Local training of a client between two exchanges."""
+
+    local_steps: Positive = 250
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = Field(3e-4, gt=0)
+    learning_rate_schedule: Literal["constant", "poly"] = Field(
+        "poly", description="by round: constant, or nnU-Net's (1 - round / rounds)^0.9")
+    weight_decay: float = Field(1e-5, ge=0)
+    momentum: float = Field(0.9, ge=0, lt=1, description="of sgd (Nesterov)")
+    clip_norm: float = Field(1.0, gt=0, description="largest Euclidean norm of a gradient")
+    optimizer_state: Literal["keep", "reset"] = Field("keep", description="across rounds")
+    mixed_precision: Literal["auto", "off"] = Field("auto", description="auto: bfloat16 on GPUs")
+    deep_supervision: bool = True
+    oversample_foreground: float = Field(0.33, ge=0, le=1)
+    validation_batches: Positive = Field(8, description="patches for the score after each round, the same every round")
+
+
+class InferenceConfig(Settings):
+    """Sliding-window prediction."""
+
+    tile_step_size: float = Field(0.5, gt=0, le=1, description="distance of tiles in patches")
+    mirroring: bool = True
+
+
+class ClientConfig(Settings):
+    """One site."""
+
+    name: Name
+    dataset: int | str = Field(description="number or full name of an nnU-Net raw dataset, 901 or Dataset901_Chest")
+    modality: Annotated[str, Field(pattern=r"^[A-Za-z0-9]{1,16}$")] = Field(description="CT, MR, PET, ...")
+    task: Literal["segmentation", "classification"] | None = Field(None, description="default: what the dataset holds")
+    channels: Positive | None = Field(None, description="number of input channels; checked when given")
+    spacing: Annotated[list[float], Field(min_length=3, max_length=3)] | None = Field(
+        None, description="target voxel spacing in mm, in the order of the stored array (z, y, x); default: nnU-Net's")
+    patch_size: Axes | None = Field(None, description="voxels in plan order; default: nnU-Net's, segmentation only")
+    batch_size: Positive | None = None
+    fold: Annotated[int, Field(ge=0)] | Literal["all"] = 0
+    local_steps: Positive | None = Field(None, description="instead of training.local_steps")
+
+
+class StrategyConfig(BaseModel):
+    """A strategy's name; its own settings are checked by the strategy itself."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str = "fedcmt"
+
+    def settings(self) -> dict[str, Any]:
+        """Everything but the name."""
+        return dict(self.model_extra or {})
+
+
+class FederationConfig(Settings):
+    """A whole federation. Relative paths start at the current directory."""
+
+    name: Name
+    clients: list[ClientConfig] = Field(min_length=1)
+    rounds: Positive = 100
+    seed: Annotated[int, Field(ge=0)] = 1
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    threads: Positive | None = Field(None, description="CPU threads; default: torch's choice")
+    backend: Literal["auto", "native", "reference"] = Field("auto", description="of fedcmt.ops")
+    raw: Path | None = Field(None, description="default: the environment variable nnUNet_raw")
+    preprocessed: Path | None = Field(None, description="default: the environment variable nnUNet_preprocessed")
+    workspace: Path | None = Field(None, description="default: workspace/<name>")
+    preprocessing_workers: Positive = 2
+    strategy: StrategyConfig = StrategyConfig()
+    topology: TopologyConfig = TopologyConfig()
+    training: TrainingConfig = TrainingConfig()
+    inference: InferenceConfig = InferenceConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _strategy_by_name(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and isinstance(data.get("strategy"), str):
+            return {**data, "strategy": {"name": data["strategy"]}}
+        return data
+
+    @model_validator(mode="after")
+    def _distinct_clients(self) -> FederationConfig:
+        names = [client.name.lower() for client in self.clients]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"clients should have distinct names, found '{twice[0]}' more than once")
+        return self
+
+    def folder(self, which: Literal["raw", "preprocessed"]) -> Path:
+        """nnU-Net's raw or preprocessed folder, from the config or the environment.
+
+        Raises:
+            InputError: Neither is set.
+        """
+        configured = getattr(self, which) or os.environ.get(f"nnUNet_{which}")
+        if not configured:
+            raise InputError(f"no folder of {which} datasets", field=which,
+                             fix=f"set '{which}' in the config or the environment variable nnUNet_{which}")
+        return Path(configured)
+
+    def workspace_folder(self) -> Path:
+        """Where the run writes."""
+        return self.workspace or Path("workspace") / self.name
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def validated(model: type[Model], data: Any, where: str = "") -> Model:
+    """Build a settings model or say in one line what is wrong.
+
+    Args:
+        model: The pydantic model.
+        data: What the user wrote.
+        where: Name of the enclosing field, for the message.
+
+    Raises:
+        InputError: Names the field, what was found, and for an unknown key the nearest known one.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        errors = error.errors(include_url=False)
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
+    location = [str(part) for part in first["loc"]]
+    client = _client_name(data, first["loc"])
+    field = ".".join([part for part in (where, *location) if part]) or None
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(model, first["loc"][:-1])
+        close = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.0)
+        raise InputError(f"unknown key '{location[-1]}'", client=client, field=field,
+                         fix=f"did you mean '{close[0]}'?" if close else None) from None
+    shown = first["type"] != "missing" and not isinstance(first["input"], (dict, list))
+    found = f", found {str(first['input'])[:80]!r}" if shown else ""
+    raise InputError(first["msg"].removeprefix("Value error, ") + found, client=client, field=field) from None
+
+
+def _client_name(data: Any, location: Sequence[str | int]) -> str | None:
+    if len(location) > 1 and location[0] == "clients" and isinstance(location[1], int):
+        entry = data["clients"][location[1]]
+        return str(entry["name"])[:80] if isinstance(entry, Mapping) and "name" in entry else f"number {location[1]}"
+    return None
+
+
+def _fields_at(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
+    nested: dict[str, type[BaseModel]] = {"clients": ClientConfig, "topology": TopologyConfig, "training": TrainingConfig,
+              "inference": InferenceConfig}
+    names = [part for part in location if isinstance(part, str)]
+    return list((nested.get(names[0], model) if names else model).model_fields)
+
+
+def load_config(source: Path | str | Mapping[str, Any] | FederationConfig,
+                overrides: Sequence[str] = ()) -> FederationConfig:
+    """Read a federation's configuration.
+
+    Args:
+        source: YAML file, mapping or finished config.
+        overrides: ``key.path=value`` each, the value in YAML; a list entry is named by its number or, for clients, by
+            its name: ``clients.ct_a.local_steps=10``.
+
+    Raises:
+        InputError: The file cannot be read or a setting is wrong.
+    """
+    if isinstance(source, FederationConfig):
+        source = source.model_dump(mode="json", exclude_unset=True)
+    data = dict(source) if isinstance(source, Mapping) else _read_yaml(Path(source))
+    for override in overrides:
+        _apply_override(data, override)
+    return validated(FederationConfig, data)
+
+
+def dump_config(config: FederationConfig) -> str:
+    """The resolved configuration as YAML: every default filled in."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read config file {path}: {error.strerror}", field="config") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is no valid YAML: {' '.join(str(error).split())}", field="config") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{path} should hold a mapping of settings, found {type(data).__name__}", field="config")
+    return data
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    path, separator, text = override.partition("=")
+    if not separator or not path:
+        raise InputError(f"'{override}' is no setting", field="--set", fix="write --set key.path=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"the value of '{override}' is no valid YAML", field="--set") from None
+    node: Any = data
+    *parents, last = path.split(".")
+    for key in parents:
+        node = _step_into(node, key, override)
+    if isinstance(node, list):
+        node[_list_index(node, last, override)] = value
+    else:
+        node[last] = value
+
+
+def _step_into(node: Any, key: str, override: str) -> Any:
+    if isinstance(node, list):
+        return node[_list_index(node, key, override)]
+    child = node.setdefault(key, {})
+    if key == "strategy" and isinstance(child, str):
+        child = node[key] = {"name": child}
+    if not isinstance(child, (dict, list)):
+        raise InputError(f"'{key}' in '{override}' has no settings below it", field="--set")
+    return child
+
+
+def _list_index(entries: list[Any], key: str, override: str) -> int:
+    for index, entry in enumerate(entries):
+        if key == str(index) or (isinstance(entry, Mapping) and entry.get("name") == key):
+            return index
+    raise InputError(f"'{override}' names no entry '{key}'", field="--set")

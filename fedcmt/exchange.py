@@ -1,0 +1,45 @@
+"""What clients and server say to each other, whatever carries it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ClientDescription:
+    """What a client tells about itself on joining. Nothing per case, no intensities."""
+
+    name: str
+    task: str
+    modality: str
+    channels: int
+    num_cases: int
+    topology: str  # digest of the topology contract
+    encoder_layout: str  # digest of the encoder's flat layout
+
+    @property
+    def group(self) -> str:
+        """Adaptor group: clients of equal modality and number of channels."""
+        return f"{self.modality}-{self.channels}"
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """What the server sends one client. Buffers are the server's own: read, never write."""
+
+    round_index: int
+    encoder: Tensor  # [P]
+    adaptor: Tensor  # [A]
+
+
+@dataclass(frozen=True)
+class ClientUpdate:
+    """What a client returns after local training."""
+
+    client: str
+    round_index: int
+    num_cases: int
+    encoder: Tensor  # [P], local minus received
+    adaptor: Tensor  # [A], local minus received

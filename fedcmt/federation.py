@@ -1,0 +1,198 @@
+"""The in-process engine: a whole federation in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedcmt import strategies
+from fedcmt.checkpoint import Workspace, export_nnunet_model
+from fedcmt.client import Client
+from fedcmt.config import FederationConfig, dump_config, load_config
+from fedcmt.curves import Curves
+from fedcmt.data.nnunet_loader import NnunetRules
+from fedcmt.dataset import load_dataset
+from fedcmt.device import choose_device
+from fedcmt.display import Display, open_display
+from fedcmt.errors import InputError
+from fedcmt.files import read_json, write_json, write_text
+from fedcmt.plans import ClientPlan, TopologyContract, check_client, prepare_client
+from fedcmt.preprocessing import preprocessing_warnings
+from fedcmt.report import write_report
+from fedcmt.scoring import score_client
+from fedcmt.server import Server
+
+# A workspace goes on only with the settings it was made with; these change no result of the rounds already done.
+_FREE_TO_CHANGE = {"rounds", "device", "threads", "backend", "inference", "workspace", "raw", "preprocessed",
+                   "preprocessing_workers"}
+
+
+@dataclass(frozen=True)
+class FederationResult:
+    """Where everything stands, and the scores of every client's best model (the content of ``results.json``)."""
+
+    workspace: Path
+    rounds: int
+    results: dict[str, Any]
+
+
+def run_federation(config: FederationConfig | Mapping[str, Any] | Path | str, *,
+                   fresh: bool = False) -> FederationResult:
+    """Run a federation in this process, or go on with one that was interrupted.
+
+    Args:
+        config: A config, a mapping of its settings, or a YAML file.
+        fresh: Start over instead of resuming.
+
+    Raises:
+        InputError: A mistake in the config or the data; nothing was written then.
+    """
+    config = load_config(config)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    strategy = strategies.create(config.strategy)
+    device = choose_device(config.device)
+    workspace = Workspace(config.workspace_folder())
+    datasets = [load_dataset(config.folder("raw"), c.dataset, client=c.name) for c in config.clients]
+    for client, dataset in zip(config.clients, datasets, strict=True):
+        check_client(client, dataset)
+    if not fresh:
+        _check_same_federation(workspace, config)
+    with ExitStack() as stack:
+        names = [client.name for client in config.clients]
+        first = 1 if fresh else max(workspace.committed_rounds(names), default=0) + 1
+        display: Display = open_display(config.rounds, names, first_round=first)
+        stack.enter_context(display)
+        plans = _prepare(config, datasets, display)
+        stack.enter_context(workspace.locked())
+        if fresh:
+            workspace.clear()
+        _write_descriptions(workspace, config, plans)
+        clients = [Client(c, config, plans[c.name], workspace.client(c.name), device) for c in config.clients]
+        server = Server(strategy, TopologyContract.of(config.topology), [client.describe() for client in clients],
+                        seed=config.seed, device=device, backend=config.backend)
+        lines = _resume(workspace, server, clients, display)
+        curves = stack.enter_context(Curves(workspace.tensorboard, server.round_index))
+        for round_index in range(server.round_index + 1, config.rounds + 1):
+            new = run_round(server, clients, round_index, display)
+            lines += new
+            commit(workspace, server, clients, lines)
+            curves.add(new)
+        results = _finish(workspace, config, plans, display)
+    return FederationResult(workspace.path, config.rounds, results)
+
+
+def run_round(server: Server, clients: Sequence[Client], round_index: int, display: Display) -> list[dict[str, Any]]:
+    """One round: every client trains, the server makes its step, every client is scored with the result.
+
+    Returns:
+        The round's lines of ``metrics.jsonl``, the server's last.
+    """
+    display.round_started(round_index, [client.name for client in clients])
+    server.begin(round_index)
+    refused = {}
+    for client in clients:
+        update = client.fit(server.outgoing(client.name), round_index, display.step)
+        refused[client.name] = server.accept(update)
+    server_line = server.finish()
+    lines = []
+    for client in clients:
+        lines.append(client.evaluate(server.outgoing(client.name), refused[client.name]))
+        display.client_finished(lines[-1])
+    display.round_finished(server_line)
+    return [*lines, server_line]
+
+
+def commit(workspace: Workspace, server: Server, clients: Sequence[Client], lines: Sequence[Mapping[str, Any]]) -> None:
+    """Make a round durable. The server's state comes last: until it stands, the round did not happen."""
+    for client in clients:
+        client.save(server.round_index)
+    workspace.write_metrics(lines)
+    server.save(workspace.server_state(server.round_index))
+    workspace.discard_old_states(server.round_index)
+
+
+def prepare_clients(config: FederationConfig) -> dict[str, ClientPlan]:
+    """Preprocess and plan every client's dataset; see :func:`fedcmt.plans.prepare_client`."""
+    datasets = [load_dataset(config.folder("raw"), c.dataset, client=c.name) for c in config.clients]
+    display: Display = open_display(config.rounds, [client.name for client in config.clients])
+    with display:
+        return _prepare(config, datasets, display)
+
+
+def _prepare(config: FederationConfig, datasets: Sequence[Any], display: Display) -> dict[str, ClientPlan]:
+    contract, plans = TopologyContract.of(config.topology), {}
+    for client, dataset in zip(config.clients, datasets, strict=True):
+        display.note(f"{client.name}: {dataset.name}, checking, planning and preprocessing what is new")
+        plan = prepare_client(client, dataset, contract, config.folder("preprocessed"),
+                              workers=config.preprocessing_workers)
+        for warning in preprocessing_warnings(plan.folder):
+            display.note(f"{client.name}: warning: {warning}")
+        if plan.validates_on_training:
+            display.note(f"{client.name}: too few cases to hold one out, validating on training cases")
+        plans[client.name] = plan
+    return plans
+
+
+def _check_same_federation(workspace: Workspace, config: FederationConfig) -> None:
+    if not workspace.config.is_file():
+        return
+    before = load_config(workspace.config).model_dump(mode="json")
+    now = config.model_dump(mode="json")
+    changed = sorted(key for key in now if key not in _FREE_TO_CHANGE and now[key] != before[key])
+    if changed:
+        raise InputError(f"{workspace.path} was made with another '{changed[0]}'", field=changed[0],
+                         fix="use the same settings, another workspace, or --fresh to start over")
+
+
+def _write_descriptions(workspace: Workspace, config: FederationConfig, plans: Mapping[str, ClientPlan]) -> None:
+    write_text(workspace.config, dump_config(config))
+    for name, plan in plans.items():
+        folder = workspace.client(name)
+        write_json(folder.plans, plan.plans)
+        write_json(folder.dataset_json, plan.dataset_json)
+        mirror_axes = NnunetRules(plan, deep_supervision=False).mirror_axes()
+        write_json(folder.facts, {"task": plan.task, "num_heads": plan.num_heads, "mirror_axes": list(mirror_axes),
+                                  "class_names": list(plan.dataset.class_names or ())})
+
+
+def _resume(workspace: Workspace, server: Server, clients: Sequence[Client],
+            display: Display) -> list[dict[str, Any]]:
+    """Restore the newest round that was committed whole; an older one if its files are damaged."""
+    rounds = workspace.committed_rounds([client.name for client in clients])
+    for index, round_index in enumerate(rounds):
+        try:
+            server.restore(workspace.server_state(round_index))
+            for client in clients:
+                client.restore(round_index)
+        except InputError as error:
+            if index == len(rounds) - 1:
+                raise
+            display.note(f"round {round_index} cannot be restored ({error}); trying the one before")
+            continue
+        display.note(f"going on after round {round_index}")
+        return workspace.read_metrics(round_index)
+    return []
+
+
+def _finish(workspace: Workspace, config: FederationConfig, plans: Mapping[str, ClientPlan],
+            display: Display) -> dict[str, Any]:
+    """Predict, score, export and report, unless that was done after these rounds."""
+    if workspace.results.is_file() and (done := read_json(workspace.results))["rounds"] == config.rounds:
+        write_report(workspace.path)
+        return done
+    entries = []
+    for name, plan in plans.items():
+        display.note(f"{name}: predicting with its best model")
+        entries.append(score_client(workspace, name, plan, config.inference, config.device))
+        export_nnunet_model(workspace.client(name), workspace.client(name).model)
+    results = {"federation": config.name, "strategy": config.strategy.name, "rounds": config.rounds,
+               "clients": entries}
+    write_json(workspace.results, results)
+    display.note(f"report: {write_report(workspace.path)}")
+    return results

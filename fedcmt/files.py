@@ -1,0 +1,101 @@
+"""Atomic files: a reader sees the old content or the new, never half of one, whatever happens in between."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from fedcmt.errors import InputError
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically and durably, creating its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    with open(part, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+    # The rename itself is durable only once the folder is.
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON atomically; not-a-number values must have been made ``None`` before."""
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        InputError: The file is missing or no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}", field="file") from None
+    except ValueError as error:
+        raise InputError(f"{path} is no valid JSON: {error}", field="file") from None
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Write tensors and a JSON description of them as one safetensors file, atomically.
+
+    Args:
+        path: Where to.
+        tensors: Name -> tensor on any device.
+        facts: Anything JSON can hold; stands in the file's header.
+    """
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_bytes(path, save(contiguous, {"facts": json.dumps(facts, sort_keys=True)}))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what :func:`write_tensors` wrote.
+
+    Raises:
+        InputError: The file is missing, truncated or no such file. Nothing in it is ever executed.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads((file.metadata() or {})["facts"])
+            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 (no mapping)
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise InputError(f"{path} is missing, truncated or no FedCMT file ({error})", field="file") from None
+
+
+def copy_into(targets: Mapping[str, Tensor], values: Mapping[str, Tensor], *, source: Path) -> None:
+    """Copy tensors into those of the same names.
+
+    Raises:
+        InputError: Names, shapes or types differ.
+    """
+    if set(targets) != set(values):
+        odd = min(set(targets) ^ set(values))
+        raise InputError(f"{source} does not fit the network: '{odd}' is on one side only", field="model")
+    for name, target in targets.items():
+        if target.shape != values[name].shape or target.dtype != values[name].dtype:
+            raise InputError(f"{source} does not fit the network: '{name}' is {tuple(values[name].shape)} "
+                             f"{values[name].dtype}, expected {tuple(target.shape)} {target.dtype}", field="model")
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(values[name])

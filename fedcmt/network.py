@@ -1,0 +1,144 @@
+"""The network: the modality group's adaptor, the shared encoder, and the client's own decoder or head.
+
+Building blocks are those of nnU-Net's ``dynamic_network_architectures``. The constructors take nnU-Net's arguments, so
+that stock nnU-Net builds :class:`FedCMTNet` from a plans file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from dynamic_network_architectures.building_blocks.plain_conv_encoder import PlainConvEncoder
+from dynamic_network_architectures.building_blocks.simple_conv_blocks import ConvDropoutNormReLU
+from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
+from dynamic_network_architectures.initialization.weight_init import InitWeights_He
+from torch import Tensor, nn
+
+Part = Literal["adaptor", "encoder", "decoder"]
+LSE_SHARPNESS = 5.0
+
+
+class _AdaptedEncoder(nn.Module):
+    """Adaptor and encoder: input `[B, C, D, H, W]` -> one feature map a stage, finest first."""
+
+    def __init__(self, input_channels: int, n_stages: int, features_per_stage: Sequence[int],
+                 conv_op: type[nn.Module], kernel_sizes: Sequence[Sequence[int]], strides: Sequence[Sequence[int]],
+                 n_conv_per_stage: Sequence[int], conv_bias: bool, norm_op: type[nn.Module] | None,
+                 norm_op_kwargs: dict[str, Any] | None, nonlin: type[nn.Module] | None,
+                 nonlin_kwargs: dict[str, Any] | None, adaptor_width: int) -> None:
+        super().__init__()
+        self.adaptor = ConvDropoutNormReLU(conv_op, input_channels, adaptor_width, kernel_sizes[0], 1, conv_bias,
+                                           norm_op, norm_op_kwargs, None, None, nonlin, nonlin_kwargs)
+        self.encoder = PlainConvEncoder(adaptor_width, n_stages, features_per_stage, conv_op, kernel_sizes, strides,
+                                        n_conv_per_stage, conv_bias, norm_op, norm_op_kwargs, None, None, nonlin,
+                                        nonlin_kwargs, return_skips=True)
+
+    @staticmethod
+    def initialize(module: nn.Module) -> None:
+        """nnU-Net's initialisation of one module (He, negative slope 0.01)."""
+        InitWeights_He(1e-2)(module)
+
+
+class FedCMTNet(_AdaptedEncoder):
+    """Segmentation: adaptor, encoder, U-Net decoder.
+
+    ``forward``: `[B, C, D, H, W]` -> logits `[B, K, D, H, W]`, with deep supervision a list, finest first.
+    """
+
+    def __init__(self, input_channels: int, num_classes: int, n_stages: int, features_per_stage: Sequence[int],
+                 conv_op: type[nn.Module], kernel_sizes: Sequence[Sequence[int]], strides: Sequence[Sequence[int]],
+                 n_conv_per_stage: Sequence[int], n_conv_per_stage_decoder: Sequence[int], conv_bias: bool = True,
+                 norm_op: type[nn.Module] | None = None, norm_op_kwargs: dict[str, Any] | None = None,
+                 nonlin: type[nn.Module] | None = None, nonlin_kwargs: dict[str, Any] | None = None,
+                 deep_supervision: bool = False, adaptor_width: int = 32) -> None:
+        super().__init__(input_channels, n_stages, features_per_stage, conv_op, kernel_sizes, strides,
+                         n_conv_per_stage, conv_bias, norm_op, norm_op_kwargs, nonlin, nonlin_kwargs, adaptor_width)
+        self.decoder = UNetDecoder(self.encoder, num_classes, n_conv_per_stage_decoder, deep_supervision)
+        # The decoder keeps a second path to the encoder, which it never calls; with it a state dict holds every
+        # encoder weight twice, and loading a partly updated one silently restores the old values.
+        del self.decoder.encoder
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """Logits of a batch `[B, C, D, H, W]`."""
+        return self.decoder(self.encoder(self.adaptor(x)))
+
+
+class PooledHead(nn.Module):
+    """A prediction map on the deepest features, pooled by log-sum-exp.
+
+    score_k = 1/r log( 1/n sum_v exp(r m_kv) ) over the n voxels of the map m; r between mean (0) and maximum
+    (infinity). ``torch.logsumexp`` keeps the gradient a softmax-weighted mean, whatever r.
+    """
+
+    def __init__(self, conv_op: type[nn.Module], features: int, num_classes: int) -> None:
+        super().__init__()
+        self.prediction_map = nn.Sequential(conv_op(features, features, 1), nn.LeakyReLU(inplace=True),
+                                            conv_op(features, num_classes, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features `[B, F, d, h, w]` -> class scores `[B, K]`."""
+        scores = self.prediction_map(x).flatten(2)
+        return (torch.logsumexp(LSE_SHARPNESS * scores, 2) - math.log(scores.shape[2])) / LSE_SHARPNESS
+
+
+class FedCMTClassifier(_AdaptedEncoder):
+    """Classification: adaptor, encoder, pooled head. ``forward``: `[B, C, D, H, W]` -> class scores `[B, K]`."""
+
+    def __init__(self, input_channels: int, num_classes: int, n_stages: int, features_per_stage: Sequence[int],
+                 conv_op: type[nn.Module], kernel_sizes: Sequence[Sequence[int]], strides: Sequence[Sequence[int]],
+                 n_conv_per_stage: Sequence[int], conv_bias: bool = True, norm_op: type[nn.Module] | None = None,
+                 norm_op_kwargs: dict[str, Any] | None = None, nonlin: type[nn.Module] | None = None,
+                 nonlin_kwargs: dict[str, Any] | None = None, adaptor_width: int = 32) -> None:
+        super().__init__(input_channels, n_stages, features_per_stage, conv_op, kernel_sizes, strides,
+                         n_conv_per_stage, conv_bias, norm_op, norm_op_kwargs, nonlin, nonlin_kwargs, adaptor_width)
+        self.decoder = PooledHead(conv_op, features_per_stage[-1], num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Class scores of a batch `[B, C, D, H, W]`."""
+        return self.decoder(self.encoder(self.adaptor(x))[-1])
+
+
+# Plans files come from outside; only these names are ever turned into classes.
+_CLASSES: dict[str, type[nn.Module]] = {f"fedcmt.network.{c.__name__}": c for c in (FedCMTNet, FedCMTClassifier)}
+_OPERATORS: dict[str, type[nn.Module]] = {
+    "torch.nn.modules.conv.Conv3d": nn.Conv3d,
+    "torch.nn.modules.instancenorm.InstanceNorm3d": nn.InstanceNorm3d,
+    "torch.nn.modules.batchnorm.BatchNorm3d": nn.BatchNorm3d,
+    "torch.nn.LeakyReLU": nn.LeakyReLU,
+}
+
+
+def build_network(architecture: Mapping[str, Any], input_channels: int, num_classes: int, *,
+                  deep_supervision: bool = False) -> nn.Module:
+    """Build and initialise a network from the ``architecture`` block of a plan.
+
+    Args:
+        architecture: ``network_class_name``, ``arch_kwargs`` and ``_kw_requires_import`` as in nnU-Net's plans.
+        input_channels: Channels of the client's images.
+        num_classes: Output heads: labels including background, regions, or classes.
+        deep_supervision: Return logits of every decoder stage (segmentation only).
+
+    Raises:
+        ValueError: The plan names a class that FedCMT does not build.
+    """
+    name = architecture["network_class_name"]
+    if name not in _CLASSES:
+        raise ValueError(f"network class should be one of {sorted(_CLASSES)}, found {name!r}")
+    kwargs = dict(architecture["arch_kwargs"])
+    for key in architecture["_kw_requires_import"]:
+        if kwargs[key] not in _OPERATORS:
+            raise ValueError(f"{key} should be one of {sorted(_OPERATORS)}, found {kwargs[key]!r}")
+        kwargs[key] = _OPERATORS[kwargs[key]]
+    if _CLASSES[name] is FedCMTNet:
+        kwargs["deep_supervision"] = deep_supervision
+    network = _CLASSES[name](input_channels=input_channels, num_classes=num_classes, **kwargs)
+    network.apply(_AdaptedEncoder.initialize)
+    return network
+
+
+def parameters_of(network: nn.Module, part: Part) -> dict[str, nn.Parameter]:
+    """The parameters of one part by full name, aliases left out, in the order of their construction."""
+    return {name: parameter for name, parameter in network.named_parameters() if name.startswith(f"{part}.")}

@@ -1,0 +1,191 @@
+"""Fingerprint, plan and preprocessing of one dataset, all done by nnU-Net itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from copy import deepcopy
+from importlib.metadata import version
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from nnunetv2.experiment_planning.dataset_fingerprint import fingerprint_extractor
+from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+from scipy import ndimage
+
+from fedcmt.dataset import RawDataset, check_images
+from fedcmt.errors import InputError
+from fedcmt.files import read_json, write_json
+from fedcmt.volume import read_volume, write_segmentation
+
+CONFIGURATION = "3d_fullres"
+_RECORD = "fedcmt_preprocessed.json"
+
+
+def preprocessed_plan(dataset: RawDataset, task: str, preprocessed: Path, *, spacing: Sequence[float] | None,
+                      client: str | None = None, workers: int = 2) -> tuple[dict[str, Any], dict[str, Any], Path]:
+    """Check, fingerprint, plan and preprocess a dataset, unless that was done with these very files and settings.
+
+    Args:
+        dataset: The raw dataset.
+        task: ``segmentation`` or ``classification``; the latter needs no label maps.
+        preprocessed: nnU-Net's folder of preprocessed datasets.
+        spacing: Target spacing `[3]` in mm in the order of the stored array (z, y, x), or nnU-Net's choice.
+        client: For messages.
+        workers: Threads.
+
+    Returns:
+        nnU-Net's plans with the one configuration ``3d_fullres``, its dataset.json, the folder of preprocessed cases.
+
+    Raises:
+        InputError: The images are unfit or nnU-Net cannot plan for them.
+    """
+    identifier = "fedcmt_" + ("planned" if spacing is None else "x".join(f"{s:g}" for s in spacing))
+    target = preprocessed / dataset.name
+    folder = target / (f"{identifier}_classification" if task == "classification" else identifier)
+    inputs = _fingerprint_of_inputs(dataset, task, spacing)
+    record = folder / _RECORD
+    if record.is_file() and (known := read_json(record))["inputs"] == inputs:
+        return known["plans"], known["dataset_json"], folder
+    warnings = check_images(dataset, client=client)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / "warnings.txt").write_text("".join(f"{warning}\n" for warning in warnings))
+    raw = _classification_view(dataset, folder) if task == "classification" else dataset.folder.parent
+    with open(folder / "nnunet.log", "w") as log, redirect_stdout(log), redirect_stderr(log), \
+            _nnunet_folders(raw, preprocessed):
+        plans, dataset_json = _run_nnunet(dataset, folder, spacing, client, workers)
+    write_json(record, {"inputs": inputs, "plans": plans, "dataset_json": dataset_json})
+    return plans, dataset_json, folder
+
+
+def preprocessing_warnings(folder: Path) -> list[str]:
+    """What the check of the images remarked on, one line each."""
+    return (folder / "warnings.txt").read_text().splitlines()
+
+
+def _run_nnunet(dataset: RawDataset, folder: Path, spacing: Sequence[float] | None, client: str | None,
+                workers: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    extractor = DatasetFingerprintExtractor(dataset.name, num_processes=min(workers, len(dataset.train)))
+    extractor.show_progress_bar = False
+    with _threads_for_processes():
+        extractor.run(overwrite_existing=True)
+    planner = ExperimentPlanner(dataset.name, plans_name=folder.name,
+                                overwrite_target_spacing=None if spacing is None else [float(s) for s in spacing])
+    planner.plan_experiment()
+    plans_file = folder.parent / f"{folder.name}.json"
+    plans = read_json(plans_file)
+    if CONFIGURATION not in plans["configurations"]:
+        raise InputError(f"{dataset.name} has single-slice images; nnU-Net plans no 3D configuration for it",
+                         client=client, field="dataset", fix="use volumes with more than one slice")
+    plans["configurations"] = {CONFIGURATION: plans["configurations"][CONFIGURATION] | {"data_identifier": folder.name}}
+    write_json(plans_file, plans)
+    dataset_json = read_json(folder.parent / "dataset.json")
+    _preprocess_cases(folder, plans, dataset_json, Path(extractor.input_folder), workers)
+    return plans, dataset_json
+
+
+def _preprocess_cases(folder: Path, plans: dict[str, Any], dataset_json: dict[str, Any], raw: Path,
+                      workers: int) -> None:
+    manager = PlansManager(plans)
+    files = get_filenames_of_train_images_and_targets(str(raw), deepcopy(dataset_json))
+    configuration = manager.get_configuration(CONFIGURATION)
+    jobs: list[tuple[Any, ...]] = [(str(folder / case), paths["images"], paths["label"], manager, configuration,
+                                    dataset_json) for case, paths in files.items()]
+    preprocessor = DefaultPreprocessor(verbose=False)
+    with ThreadPoolExecutor(workers) as pool:
+        for future in [pool.submit(preprocessor.run_case_save, *job) for job in jobs]:
+            future.result()
+
+
+@contextmanager
+def _threads_for_processes() -> Iterator[None]:
+    """Let the fingerprint extractor's pool be one of threads.
+
+    Its spawned processes import torch anew, which takes longer than most datasets' fingerprint; and they cannot start
+    at all from a script without a main guard.
+    """
+    module = fingerprint_extractor.multiprocessing
+    fingerprint_extractor.multiprocessing = SimpleNamespace(get_context=lambda _: SimpleNamespace(Pool=ThreadPool))
+    try:
+        yield
+    finally:
+        fingerprint_extractor.multiprocessing = module
+
+
+@contextmanager
+def _nnunet_folders(raw: Path, preprocessed: Path) -> Iterator[None]:
+    """nnU-Net finds its folders through environment variables, read at each use."""
+    # Planning calls torch.set_num_threads with nnUNet_n_proc_DA, and fails on the 0 that is right for training.
+    wanted = {"nnUNet_raw": str(raw.resolve()), "nnUNet_preprocessed": str(preprocessed.resolve()),
+              "nnUNet_n_proc_DA": "1"}
+    before = {key: os.environ.get(key) for key in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value
+
+
+def _fingerprint_of_inputs(dataset: RawDataset, task: str, spacing: Sequence[float] | None) -> str:
+    files = [path for case in dataset.train.values() for path in (*case.images, case.label) if path is not None]
+    facts = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    text = json.dumps([dataset.dataset_json, task, list(spacing or []), facts, version("nnunetv2")], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _classification_view(dataset: RawDataset, folder: Path) -> Path:
+    """A raw dataset of the same images for nnU-Net, with body masks where there are no label maps.
+
+    nnU-Net's statistics and foreground sampling need some foreground; a classification dataset may have none.
+    """
+    raw = folder / "raw"
+    target = raw / dataset.name
+    target.mkdir(parents=True)
+    listing = {}
+    for identifier, case in dataset.train.items():
+        label = case.label
+        if label is None:
+            label = target / f"{identifier}_body.nii.gz"
+            volume = read_volume(case.images)
+            write_segmentation(volume, body_mask(volume.data[0]), label)
+        listing[identifier] = {"images": [str(path.resolve()) for path in case.images], "label": str(label.resolve())}
+    labels = dataset.labels if all(case.label for case in dataset.train.values()) else {"background": 0, "body": 1}
+    write_json(target / "dataset.json", {
+        "channel_names": {str(i): name for i, name in enumerate(dataset.channel_names)}, "labels": labels,
+        "classification_labels": {name: i for i, name in enumerate(dataset.class_names or ())},
+        "numTraining": len(dataset.train), "file_ending": dataset.file_ending, "dataset": listing})
+    return raw
+
+
+def body_mask(image: np.ndarray) -> np.ndarray:
+    """Voxels brighter than halfway between the image's dark and bright ends, holes filled, largest part only.
+
+    Args:
+        image: `[D, H, W]`.
+
+    Returns:
+        `[D, H, W]` uint8, never all zero.
+    """
+    dark, bright = np.percentile(image, (2, 98))
+    mask = ndimage.binary_fill_holes(image > dark + 0.15 * (bright - dark)) if bright > dark else image >= dark
+    parts, count = ndimage.label(mask)
+    if count > 1:
+        mask = parts == 1 + np.argmax(np.bincount(parts.ravel())[1:])
+    return mask.astype(np.uint8)

@@ -1,0 +1,42 @@
+"""Randomness: every generator is derived from (seed, client, round, purpose), so a resumed run draws alike."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+def derive_seed(seed: int, *, client: str = "", round_index: int = 0, purpose: str) -> int:
+    """A 32-bit seed for one purpose of one client in one round.
+
+    Args:
+        seed: The federation's seed.
+        client: Client name; empty for the server.
+        round_index: Round, 1 for the first; 0 for what happens before the rounds.
+        purpose: What the numbers are for, e.g. ``"training"``.
+    """
+    text = f"{seed}\x1f{client}\x1f{round_index}\x1f{purpose}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed Python's, NumPy's and torch's global generators for a block, and put them back afterwards.
+
+    nnU-Net's loader and augmentation draw from the global generators; there is no other way to steer them.
+    """
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)

@@ -1,0 +1,22 @@
+"""No federation: every client trains alone from the common start. The baseline that joining must beat."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from fedcmt.config import Settings
+from fedcmt.strategies.base import Strategy
+
+
+class Local(Strategy):
+    """Each client keeps its own encoder and adaptor."""
+
+    name: ClassVar[str] = "local"
+    settings_model: ClassVar[type[Settings]] = Settings
+    federated: ClassVar[bool] = False
+
+    def weights(self, gram: Tensor, num_cases: Tensor) -> Tensor:
+        """Never asked for: there is nothing to combine."""
+        raise NotImplementedError("strategy 'local' combines no updates")

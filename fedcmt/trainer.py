@@ -1,0 +1,158 @@
+"""Local training of one client: steps from the received encoder and adaptor, with nnU-Net's losses."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fedcmt.config import TrainingConfig
+from fedcmt.files import copy_into
+from fedcmt.layout import FlatLayout
+from fedcmt.network import Part, build_network, parameters_of
+from fedcmt.objective import Validation, make_objective
+from fedcmt.plans import ClientPlan
+from fedcmt.seeding import derive_seed, seeded
+
+_POLY_EXPONENT = 0.9
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What one round of local training reports."""
+
+    steps: int
+    loss: float  # mean over the steps
+    learning_rate: float
+    seconds: float
+    data_wait: float  # seconds of those spent waiting for batches
+
+
+class Trainer:
+    """A client's network, optimizer and data.
+
+    Attributes:
+        encoder: The encoder's parameters as one flat buffer, `[P]`; the network computes in views of it.
+        adaptor: The adaptor's, `[A]`.
+    """
+
+    def __init__(self, plan: ClientPlan, training: TrainingConfig, *, client: str, seed: int, rounds: int,
+                 device: torch.device) -> None:
+        self._training, self._client, self._seed, self._rounds, self._device = training, client, seed, rounds, device
+        with seeded(derive_seed(seed, client=client, purpose="initialisation")):
+            network = build_network(plan.architecture, len(plan.dataset.channel_names), plan.num_heads,
+                                    deep_supervision=training.deep_supervision)
+        self.network = network.to(device).to(memory_format=torch.channels_last_3d)
+        self.encoder, self.encoder_layout = self._share("encoder")
+        self.adaptor, self.adaptor_layout = self._share("adaptor")
+        self._objective = make_objective(plan, training, device)
+        self._optimizer = self._new_optimizer()
+        if device.type == "cuda":
+            torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+
+    def _share(self, part: Part) -> tuple[Tensor, FlatLayout]:
+        parameters = parameters_of(self.network, part)
+        layout = FlatLayout.of(parameters.items())
+        return layout.bind(parameters, self._device), layout
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        settings, parameters = self._training, list(self.network.parameters())
+        if settings.optimizer == "sgd":
+            return torch.optim.SGD(parameters, settings.learning_rate, momentum=settings.momentum,
+                                   weight_decay=settings.weight_decay, nesterov=settings.momentum > 0)
+        return torch.optim.AdamW(parameters, settings.learning_rate, weight_decay=settings.weight_decay)
+
+    def _learning_rate(self, round_index: int) -> float:
+        if self._training.learning_rate_schedule == "constant":
+            return self._training.learning_rate
+        return self._training.learning_rate * (1 - (round_index - 1) / self._rounds) ** _POLY_EXPONENT
+
+    def fit(self, round_index: int, steps: int, on_step: Callable[[int, float], None]) -> FitResult:
+        """Train for a number of steps.
+
+        Args:
+            round_index: 1 for the first; gives learning rate and random numbers.
+            steps: Optimizer steps.
+            on_step: Called with step (from 1) and loss.
+
+        Raises:
+            FloatingPointError: The loss is no finite number.
+        """
+        started, waited, total = time.perf_counter(), 0.0, 0.0
+        if self._training.optimizer_state == "reset":
+            self._optimizer = self._new_optimizer()
+        rate = self._learning_rate(round_index)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self.network.train()
+        with seeded(derive_seed(self._seed, client=self._client, round_index=round_index, purpose="training")):
+            for step in range(1, steps + 1):
+                asked = time.perf_counter()
+                batch = self._objective.next_batch()
+                waited += time.perf_counter() - asked
+                loss = self._step(batch)
+                if not math.isfinite(loss):
+                    raise FloatingPointError(
+                        f"client '{self._client}', round {round_index}, step {step}: loss {loss}; lower "
+                        f"training.learning_rate or look at the images of {', '.join(map(str, batch['keys']))}")
+                total += loss
+                on_step(step, loss)
+        return FitResult(steps, total / steps, rate, time.perf_counter() - started, waited)
+
+    def _step(self, batch: dict[str, Tensor]) -> float:
+        self._optimizer.zero_grad(set_to_none=True)
+        with self._autocast():
+            loss = self._objective.loss(self.network, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), self._training.clip_norm)
+        self._optimizer.step()
+        return float(loss.detach())
+
+    def _autocast(self) -> torch.autocast:
+        # bfloat16 needs no loss scaling, so there is no scaler state to carry across rounds.
+        mixed = self._device.type == "cuda" and self._training.mixed_precision == "auto"
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=mixed)
+
+    @torch.no_grad()
+    def validate(self) -> Validation:
+        """Score the network as it is; the same validation patches every time."""
+        self.network.eval()
+        with seeded(derive_seed(self._seed, client=self._client, purpose="validation")), self._autocast():
+            return self._objective.validate(self.network)
+
+    def model(self) -> dict[str, Tensor]:
+        """Parameters and running statistics by name, aliases left out. Changing a tensor changes the network."""
+        return {**{name: p.data for name, p in self.network.named_parameters()}, **dict(self.network.named_buffers())}
+
+    def state(self) -> dict[str, Tensor]:
+        """Model and optimizer state as named tensors: all that training must remember."""
+        names = [name for name, _ in self.network.named_parameters()]
+        state = {f"model.{name}": tensor for name, tensor in self.model().items()}
+        for name, parameter in zip(names, self.network.parameters(), strict=True):
+            for key, value in self._optimizer.state.get(parameter, {}).items():
+                if value is not None:
+                    state[f"optimizer.{key}.{name}"] = value
+        return state
+
+    def restore(self, state: Mapping[str, Tensor], *, source: Path) -> None:
+        """Continue from what :meth:`state` returned.
+
+        Raises:
+            InputError: The state belongs to another network.
+        """
+        model = {name.removeprefix("model."): t for name, t in state.items() if name.startswith("model.")}
+        copy_into(self.model(), model, source=source)
+        parameters = dict(self.network.named_parameters())
+        self._optimizer = self._new_optimizer()
+        for name, value in state.items():
+            if name.startswith("optimizer."):
+                _, key, parameter_name = name.split(".", 2)
+                parameter = parameters[parameter_name]
+                # Moments stand in their parameter's memory order; a scalar step count stands on the CPU.
+                kept = torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value.clone()
+                self._optimizer.state[parameter][key] = kept
