@@ -37,12 +37,6 @@ def find_nvcc() -> str | None:
 class CMakeBuild(build_ext):
     """Builds fedcmt._C through CMake and Ninja."""
 
-    def get_source_files(self) -> list[str]:
-        # Asked for by sdist, which would otherwise leave the C++ sources out.
-        root = Path(__file__).resolve().parent
-        sources = sorted(path for path in (root / "csrc").rglob("*") if path.is_file())
-        return ["CMakeLists.txt", *(str(path.relative_to(root)) for path in sources)]
-
     def build_extension(self, ext: Extension) -> None:
         import pybind11
 

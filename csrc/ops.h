@@ -1,8 +1,8 @@
 // The two server operations, declared once for the CPU and for CUDA.
 //
-// Everything here is free of torch and of CUDA headers: rows are raw pointers, a stream is an opaque
-// pointer. The Python side (fedcmt/ops/__init__.py) checks dtypes, devices, lengths and overlaps
-// before anything arrives here.
+// Everything here is free of torch and of CUDA headers: rows are raw pointers, a stream is an
+// opaque pointer. The Python side (fedcmt/ops/__init__.py) checks dtypes, devices, lengths and
+// overlaps before anything arrives here.
 #pragma once
 
 #include <cstdint>

@@ -99,8 +99,7 @@ def representative_cases(cases: Sequence[Mapping[str, Any]]) -> list[tuple[str, 
 
 def dice_of(scores: Mapping[str, Any] | None) -> float | None:
     """Returns the Dice among a class's scores; nnU-Net's summaries spell it ``Dice``."""
-    scores = scores or {}
-    return scores.get("dice", scores.get("Dice"))
+    return (scores or {}).get("Dice")
 
 
 def case_dice(case: Mapping[str, Any]) -> float | None:

@@ -55,9 +55,9 @@ def _brain_case(folder: Path, name: str, size: int, seed: int) -> dict[str, Any]
         "truth": save_nifti(folder / f"{name}_truth.nii.gz", truth, spacing),
         "prediction": save_nifti(folder / f"{name}_guess.nii.gz", guess, spacing),
         "scores": {
-            "whole tumour": {"dice": 0.8 + seed / 100, "surface_distance_mm": 1.25},
-            "core": {"dice": 0.7, "surface_distance_mm": 2.5},
-            "enhancing": {"dice": None, "surface_distance_mm": None},
+            "whole tumour": {"Dice": 0.8 + seed / 100, "surface_distance_mm": 1.25},
+            "core": {"Dice": 0.7, "surface_distance_mm": 2.5},
+            "enhancing": {"Dice": None, "surface_distance_mm": None},
         },
     }
 
@@ -74,13 +74,13 @@ def _lung_case(folder: Path, workspace: Path, name: str, size: int) -> dict[str,
     guess = np.where(np.roll(truth, size // 40, 1) > 0, truth, 0).astype(np.uint8)
     spacing = (0.8, 0.8, 2.5)
     save_nifti(workspace / "predictions" / LUNG / f"{name}.nii.gz", guess, spacing)
-    scores = {"dice": 0.931, "surface_distance_mm": 0.875}
+    scores = {"Dice": 0.931, "surface_distance_mm": 0.875}
     return {
         "case": name,
         "images": [save_nifti(folder / f"{name}_0000.nii.gz", image, spacing)],
         "truth": save_nifti(folder / f"{name}_truth.nii.gz", truth, spacing),
         "prediction": f"predictions/{LUNG}/{name}.nii.gz",
-        "scores": {AWKWARD_CLASS: scores, "left lung": {"dice": 0.9, "surface_distance_mm": 1.0}},
+        "scores": {AWKWARD_CLASS: scores, "left lung": {"Dice": 0.9, "surface_distance_mm": 1.0}},
     }
 
 
@@ -109,15 +109,15 @@ def results(workspace: Path, raw: Path, size: int) -> dict[str, Any]:
             {"client": BRAIN, "group": "MR-2", "task": "segmentation", "dataset": "Dataset902_Brain", "modality": "MR",
              "num_channels": 2, "score_kind": "test", "cases": brain, **common,
              "labels": {"background": 0, "whole tumour": [1, 2, 3], "core": [2, 3], "enhancing": 3},
-             "mean": {"whole tumour": {"dice": 0.8213, "surface_distance_mm": 1.2512},
-                      "core": {"dice": 0.7, "surface_distance_mm": 2.5},
-                      "enhancing": {"dice": None, "surface_distance_mm": None}}},
+             "mean": {"whole tumour": {"Dice": 0.8213, "surface_distance_mm": 1.2512},
+                      "core": {"Dice": 0.7, "surface_distance_mm": 2.5},
+                      "enhancing": {"Dice": None, "surface_distance_mm": None}}},
             {"client": LUNG, "group": "CT-1", "task": "segmentation", "dataset": "Dataset901_Lung", "modality": "CT",
              "num_channels": 1, "score_kind": "training-site", **common,
              "cases": [_lung_case(raw / "lung", workspace, "lung_01", size)],
              "labels": {"background": 0, AWKWARD_CLASS: 1, "left lung": 2},
-             "mean": {AWKWARD_CLASS: {"dice": 0.931, "surface_distance_mm": 0.875},
-                      "left lung": {"dice": 0.9, "surface_distance_mm": 1.0}}},
+             "mean": {AWKWARD_CLASS: {"Dice": 0.931, "surface_distance_mm": 0.875},
+                      "left lung": {"Dice": 0.9, "surface_distance_mm": 1.0}}},
             {"client": TRIAGE, "group": "MR-1", "task": "classification", "dataset": "Dataset903_Knee",
              "modality": "MR", "num_channels": 1, "score_kind": "validation", "cases": triage, **common,
              "class_names": ["healthy", "torn"],
@@ -354,7 +354,7 @@ def test_windows() -> None:
 
 
 def test_representative_cases_do_not_flatter() -> None:
-    cases = [{"case": str(dice), "scores": {"a": {"dice": dice}}} for dice in (0.9, None, 0.1, 0.5)]
+    cases = [{"case": str(dice), "scores": {"a": {"Dice": dice}}} for dice in (0.9, None, 0.1, 0.5)]
     assert [(why, case["case"]) for why, case in representative_cases(cases)] == [
         ("median Dice", "0.5"),
         ("lowest Dice", "0.1"),
@@ -363,7 +363,7 @@ def test_representative_cases_do_not_flatter() -> None:
 
 def test_numbers_and_colours() -> None:
     assert [number(value) for value in (0.12345, -0.5, None, float("nan"), "x")] == ["0.123", "−0.500", "–", "–", "–"]
-    assert [dice_of(scores) for scores in ({"dice": 0.5}, {"Dice": 0.5}, {}, None)] == [0.5, 0.5, None, None]
+    assert [dice_of(scores) for scores in ({"Dice": 0.5}, {}, None)] == [0.5, None, None]
     assert cosine_colours(0.0)[0] == "#ffffff"
     assert cosine_colours(1.0) == ("#0072b2", "#ffffff")
     assert cosine_colours(-1.0) == ("#d55e00", "#ffffff")

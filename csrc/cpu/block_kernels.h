@@ -1,7 +1,8 @@
 // What one instruction-set path offers: the work on one block of elements, on one thread.
 //
-// Threads, blocks and reductions across blocks live in ops.cpp, compiled for the baseline processor.
-// A path is compiled with its own instruction set, so its source may define nothing that the linker
+// Threads, blocks and reductions across blocks live in ops.cpp, compiled for the baseline
+// processor. A path is compiled with its own instruction set, so its source may define nothing that
+// the linker
 // could merge with baseline code: internal linkage throughout, no std:: templates.
 #pragma once
 

@@ -19,9 +19,9 @@ inline void widen_run(const T* row, int count, double* out) {
   }
 }
 
-// sums[i][j] (a vector each) += a[i] * b[j] over one run. The product of two float32 values is exact
-// in float64, so the only rounding is that of the float64 sums. Meanwhile the diagonal tiles, of
-// which every row has one, fetch the next run of their rows: memory and arithmetic overlap.
+// sums[i][j] (a vector each) += a[i] * b[j] over one run. The product of two float32 values is
+// exact in float64, so the only rounding is that of the float64 sums. Meanwhile the diagonal tiles,
+// of which every row has one, fetch the next run of their rows: memory and arithmetic overlap.
 template <int kRows, int kColumns, bool kDiagonal, typename T>
 inline void multiply_tile(const double* a, const double* b, int count, const T* const* next,
                           double* sums) {
@@ -64,7 +64,7 @@ inline void diagonal_tile(int rows, const double* a, int count, const T* const* 
   }
 }
 
-// Left of the diagonal tile only a full tile of rows can stand, so only the columns vary.
+// A tile right of a diagonal tile always has all its rows, so only its columns vary.
 inline void off_diagonal_tile(int columns, const double* a, const double* b, int count,
                               double* sums) {
   constexpr const float* const* kNothing = nullptr;
@@ -148,8 +148,8 @@ struct StepAccumulator {
   int64_t nonfinite = 0;
 };
 
-// Momentum and parameters of kVectors vectors at element e, given their combined update d.
-// With kTail the vectors are partly outside the arrays and only count elements are touched.
+// Momentum and parameters of one vector at element e, given its combined update d.
+// With kTail the vector ends outside the arrays and only its first count elements are touched.
 template <bool kTail>
 inline void apply_update(const StepArguments& step, int64_t e, int count, Floats d,
                          StepAccumulator* out) {

@@ -1,8 +1,8 @@
 // Threads, blocks and the reduction across them.
 //
-// Work is cut into blocks of 65,536 elements, blocks into spans, both from the length alone; the sums
-// of the spans are added in a fixed tree. So a result is the same, bit for bit, for any number of
-// threads.
+// Work is cut into blocks of 65,536 elements, blocks into spans, both from the length alone; the
+// sums of the spans are added in a fixed tree. So a result is the same, bit for bit, for any number
+// of threads.
 #include "../ops.h"
 
 #include <algorithm>
@@ -105,7 +105,9 @@ void gramian(const void* const* updates, int num_updates, int64_t length, Dtype 
     });
   }
   reduce_tree(spans, [&](int64_t to, int64_t from) {
-    for (int64_t k = 0; k < entries; ++k) partials[to * entries + k] += partials[from * entries + k];
+    for (int64_t k = 0; k < entries; ++k) {
+      partials[to * entries + k] += partials[from * entries + k];
+    }
   });
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t j = i; j < n; ++j) gram[i * n + j] = gram[j * n + i] = partials[i * n + j];

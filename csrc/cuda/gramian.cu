@@ -3,7 +3,7 @@
 // Up to 8 rows keep the whole triangle of sums in registers; up to 64 rows go through a tile in
 // shared memory; more rows are taken as unions of two panels of 32, one launch for each pair of
 // panels. Every block writes its partial sums, and a second kernel adds them in a fixed order: no
-// atomics. Products of two float32 values are exact in float64, as are all sums but their rounding.
+// atomics. Products and sums are float64; a product of two float32 values is then exact.
 #include <algorithm>
 
 #include "device.cuh"

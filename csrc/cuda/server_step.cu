@@ -1,8 +1,8 @@
 // d = sum_i weights[i] * rows[i]; m = beta * m + d; params += lr * m; one pass.
 //
-// Up to 8 rows use an unrolled kernel, up to 256 rows a loop over rows in the same launch. More rows
-// are taken 256 at a time, with d kept in the workspace between launches: the additions and their
-// order are the same. Blocks write partial sums that a last kernel adds in a fixed order.
+// Up to 8 rows use an unrolled kernel, up to 256 rows a loop over rows in the same launch. More
+// rows are taken 256 at a time, with d kept in the workspace between launches: the additions and
+// their order are the same. Blocks write partial sums that a last kernel adds in a fixed order.
 #include <algorithm>
 
 #include "device.cuh"

@@ -116,9 +116,7 @@ def gramian(updates: Sequence[Tensor], *, backend: Backend = "auto") -> Tensor:
     if first.device.type == "cuda":
         size = extension.gramian_workspace_bytes(len(updates), length)
         workspace = torch.empty(size, dtype=torch.uint8, device=first.device)
-        extension.gramian_cuda(
-            rows, length, code, workspace.data_ptr(), gram.data_ptr(), *_launch_on(first.device)
-        )
+        extension.gramian_cuda(rows, length, code, workspace.data_ptr(), gram.data_ptr(), *_launch_on(first.device))
     else:
         extension.gramian_cpu(rows, length, code, gram.data_ptr(), torch.get_num_threads())
     return gram
@@ -175,12 +173,10 @@ def server_step(
     factors = _check_weights(weights, len(updates))
     with torch.no_grad():
         if not _use_native(backend, first.device):
-            norm, nonfinite = reference.server_step(
-                params, momentum, updates, factors, lr=lr, beta=beta
-            )
+            norm, nonfinite = reference.server_step(params, momentum, updates, factors, lr=lr, beta=beta)
             return StepStats(norm, nonfinite)
         squares, nonfinite = _native_step(params, momentum, updates, factors, lr, beta)
-    return StepStats(abs(lr) * math.sqrt(squares), int(nonfinite))
+    return StepStats(abs(lr) * math.sqrt(squares), nonfinite)
 
 
 def _native_step(
@@ -190,7 +186,7 @@ def _native_step(
     weights: list[float],
     lr: float,
     beta: float,
-) -> tuple[float, float]:
+) -> tuple[float, int]:
     """Runs the native step; returns the sum of squares of m and the non-finite count of d."""
     extension = _native.extension()
     arguments = (
@@ -208,11 +204,9 @@ def _native_step(
     size = extension.server_step_workspace_bytes(len(updates), params.numel())
     workspace = torch.empty(size, dtype=torch.uint8, device=params.device)
     sums = torch.empty(2, dtype=torch.float64, device=params.device)
-    extension.server_step_cuda(
-        *arguments, workspace.data_ptr(), sums.data_ptr(), *_launch_on(params.device)
-    )
+    extension.server_step_cuda(*arguments, workspace.data_ptr(), sums.data_ptr(), *_launch_on(params.device))
     squares, nonfinite = sums.tolist()
-    return squares, nonfinite
+    return squares, int(nonfinite)
 
 
 def _launch_on(device: torch.device) -> tuple[int, int]:
@@ -267,23 +261,16 @@ def _named(updates: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
 def _check_updates(updates: Sequence[Tensor]) -> Tensor:
     """Checks the updates against each other and returns the first."""
     if isinstance(updates, Tensor) or not isinstance(updates, Sequence):
-        raise TypeError(
-            f"`updates` should be a list or tuple of 1-D tensors. Got {type(updates).__name__}"
-        )
+        raise TypeError(f"`updates` should be a list or tuple of 1-D tensors. Got {type(updates).__name__}")
     if len(updates) == 0:
         raise ValueError("`updates` should hold at least one tensor. Got none")
     for name, update in _named(updates):
         _check_tensor(name, update)
         if update.dtype not in _DTYPE_CODES:
-            raise TypeError(
-                f"`{name}` should be float32, bfloat16 or float16. Got {update.dtype}"
-            )
+            raise TypeError(f"`{name}` should be float32, bfloat16 or float16. Got {update.dtype}")
         _check_same(name, update, "updates[0]", updates[0])
         if update.dtype != updates[0].dtype:
-            raise TypeError(
-                f"`{name}` should have the dtype of updates[0], {updates[0].dtype}. "
-                f"Got {update.dtype}"
-            )
+            raise TypeError(f"`{name}` should have the dtype of updates[0], {updates[0].dtype}. Got {update.dtype}")
     return updates[0]
 
 
@@ -293,22 +280,14 @@ def _check_tensor(name: str, tensor: Any) -> None:
     if tensor.layout != torch.strided or tensor.dim() != 1:
         raise ValueError(f"`{name}` should be a dense 1-D tensor. Got {tuple(tensor.shape)}")
     if not tensor.is_contiguous():
-        raise ValueError(
-            f"`{name}` should be contiguous. Got stride {tensor.stride(0)}; call .contiguous()"
-        )
+        raise ValueError(f"`{name}` should be contiguous. Got stride {tensor.stride(0)}; call .contiguous()")
 
 
 def _check_same(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     if tensor.device != other.device:
-        raise ValueError(
-            f"`{name}` should be on the device of {other_name}, {other.device}. "
-            f"Got {tensor.device}"
-        )
+        raise ValueError(f"`{name}` should be on the device of {other_name}, {other.device}. Got {tensor.device}")
     if tensor.numel() != other.numel():
-        raise ValueError(
-            f"`{name}` should have the length of {other_name}, {other.numel()}. "
-            f"Got {tensor.numel()}"
-        )
+        raise ValueError(f"`{name}` should have the length of {other_name}, {other.numel()}. Got {tensor.numel()}")
 
 
 def _check_like(name: str, tensor: Any, first_update: Tensor) -> None:
@@ -318,9 +297,7 @@ def _check_like(name: str, tensor: Any, first_update: Tensor) -> None:
     _check_same(name, tensor, "updates[0]", first_update)
 
 
-def _check_no_overlap(
-    name: str, tensor: Tensor, others: Sequence[tuple[str, Tensor | None]]
-) -> None:
+def _check_no_overlap(name: str, tensor: Tensor, others: Sequence[tuple[str, Tensor | None]]) -> None:
     """A written tensor must share no byte with a tensor that is read or written beside it."""
     begin = tensor.data_ptr()
     end = begin + tensor.numel() * tensor.element_size()
@@ -330,9 +307,7 @@ def _check_no_overlap(
         other_begin = other.data_ptr()
         other_end = other_begin + other.numel() * other.element_size()
         if begin < other_end and other_begin < end:
-            raise ValueError(
-                f"`{name}` should not share memory with {other_name}. Got overlapping tensors"
-            )
+            raise ValueError(f"`{name}` should not share memory with {other_name}. Got overlapping tensors")
 
 
 def _check_number(name: str, value: Any) -> float:
@@ -350,16 +325,12 @@ def _fits_float32(value: float) -> bool:
 def _check_weights(weights: Any, count: int) -> list[float]:
     if isinstance(weights, Tensor):
         if weights.dim() != 1 or weights.is_complex() or weights.dtype == torch.bool:
-            raise ValueError(
-                f"`weights` should be 1-D and real. Got {tuple(weights.shape)}, {weights.dtype}"
-            )
+            raise ValueError(f"`weights` should be 1-D and real. Got {tuple(weights.shape)}, {weights.dtype}")
         values = weights.tolist()
     elif isinstance(weights, Sequence) and not isinstance(weights, str):
         values = [_check_number(f"weights[{i}]", weight) for i, weight in enumerate(weights)]
     else:
-        raise TypeError(
-            f"`weights` should be a tensor or a sequence of numbers. Got {type(weights).__name__}"
-        )
+        raise TypeError(f"`weights` should be a tensor or a sequence of numbers. Got {type(weights).__name__}")
     if len(values) != count:
         raise ValueError(f"`weights` should hold one number an update, {count}. Got {len(values)}")
     return [_check_number(f"weights[{i}]", value) for i, value in enumerate(values)]

@@ -17,8 +17,7 @@ def _load() -> ModuleType | ImportError:
         extension = importlib.import_module("fedcmt._C")
     except ImportError as error:
         return ImportError(
-            f"The native extension fedcmt._C could not be imported ({error}). "
-            f"Build it with: {BUILD_COMMAND}"
+            f"The native extension fedcmt._C could not be imported ({error}). Build it with: {BUILD_COMMAND}"
         )
     path = os.environ.get(CPU_PATH_VARIABLE)
     if path:
