@@ -210,22 +210,33 @@ def find_cases(source: Path, num_channels: int) -> dict[str, tuple[Path, ...]]:
         raise InputError(f"no image in {source}", field="-i", fix=f"supported endings are {', '.join(ENDINGS)}")
     cases: dict[str, tuple[Path, ...]] = {}
     for file in files:
-        ending = next(e for e in ENDINGS if file.name.lower().endswith(e))
-        stem, original_ending = file.name[:-len(ending)], file.name[-len(ending):]
-        case, _, number = stem.rpartition("_")
-        if not (case and len(number) == 4 and number.isdigit()):
-            case, number = stem, ""
-        channels: tuple[Path, ...] = (file,)
-        if number:
-            channels = tuple(file.with_name(f"{case}_{c:04d}{original_ending}") for c in range(num_channels))
-        missing = [channel.name for channel in channels if not channel.is_file()]
-        if missing or len(channels) != num_channels:
-            what = f"{missing[0]} is missing" if missing else f"found 1 channel, expected {num_channels}"
-            raise InputError(what, case=case, field="channels", fix="name the channels CASE_0000, CASE_0001, ...")
+        case, channels = _channels_of(file, num_channels)
         if cases.setdefault(case, channels) != channels:
             raise InputError(f"{cases[case][0].name} and {channels[0].name} would have the same output", case=case,
                              field="-i", fix="rename one of them")
     return cases
+
+
+def _channels_of(file: Path, num_channels: int) -> tuple[str, tuple[Path, ...]]:
+    """The case that a file belongs to, and all its channels' files."""
+    ending = next(e for e in ENDINGS if file.name.lower().endswith(e))
+    stem, ending = file.name[:-len(ending)], file.name[-len(ending):]
+    case, _, number = stem.rpartition("_")
+    numbered = bool(case) and len(number) == 4 and number.isdigit()
+    if numbered and int(number) >= num_channels:
+        if file.with_name(f"{case}_0000{ending}").is_file():
+            raise InputError(f"{file.name} is a channel too many, the model takes {num_channels}", case=case,
+                             field="channels", fix="choose the client for these images")
+        numbered = False  # a year or a series number
+    if not numbered:
+        case, channels = stem, [file]
+    else:
+        channels = [file.with_name(f"{case}_{channel:04d}{ending}") for channel in range(num_channels)]
+    missing = [channel.name for channel in channels if not channel.is_file()]
+    if missing or len(channels) != num_channels:
+        what = f"{missing[0]} is missing" if missing else f"found 1 channel, expected {num_channels}"
+        raise InputError(what, case=case, field="channels", fix="name the channels CASE_0000, CASE_0001, ...")
+    return case, tuple(channels)
 
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

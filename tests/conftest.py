@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import fedcmt  # noqa: F401 (before torch: it sets how OpenMP's threads wait)
 import pytest
 from phantoms import federation, write_dataset
 

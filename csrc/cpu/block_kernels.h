@@ -2,8 +2,7 @@
 //
 // Threads, blocks and reductions across blocks live in ops.cpp, compiled for the baseline
 // processor. A path is compiled with its own instruction set, so its source may define nothing that
-// the linker
-// could merge with baseline code: internal linkage throughout, no std:: templates.
+// the linker could merge with baseline code: internal linkage throughout, no std:: templates.
 #pragma once
 
 #include <cstdint>
