@@ -20,8 +20,13 @@ __version__ = "0.1.0"
 __all__ = ["FederationConfig", "FederationResult", "InputError", "load_config", "run_federation"]
 
 # Loaded on first use: `import fedcmt` stays quick and needs neither nnU-Net nor the compiled extension.
-_HOMES = {"FederationConfig": "config", "load_config": "config", "InputError": "errors",
-          "FederationResult": "federation", "run_federation": "federation"}
+_HOMES = {
+    "FederationConfig": "config",
+    "load_config": "config",
+    "InputError": "errors",
+    "FederationResult": "federation",
+    "run_federation": "federation",
+}
 
 
 def __getattr__(name: str) -> Any:

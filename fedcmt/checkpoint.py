@@ -140,8 +140,11 @@ class Workspace:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise InputError(f"{self.path} is in use by another run", field="workspace",
-                                 fix="wait for it or choose another workspace") from None
+                raise InputError(
+                    f"{self.path} is in use by another run",
+                    field="workspace",
+                    fix="wait for it or choose another workspace",
+                ) from None
             yield
 
     def clear(self) -> None:
@@ -187,12 +190,14 @@ def existing_client(workspace: Path, name: str) -> ClientFolder:
         raise InputError(f"{workspace} is no workspace of a federation", field="workspace")
     known = sorted(path.name for path in root.iterdir() if path.is_dir())
     if name not in known:
-        raise InputError(f"no such client in {workspace}", client=name, field="client",
-                         fix=f"use one of {', '.join(known)}")
+        raise InputError(
+            f"no such client in {workspace}", client=name, field="client", fix=f"use one of {', '.join(known)}"
+        )
     folder = ClientFolder(root / name)
     if not folder.best.is_file():
-        raise InputError(f"{workspace} holds no model of it yet", client=name, field="client",
-                         fix="finish a round first")
+        raise InputError(
+            f"{workspace} holds no model of it yet", client=name, field="client", fix="finish a round first"
+        )
     return folder
 
 
@@ -229,9 +234,15 @@ def export_nnunet_model(folder: ClientFolder, target: Path) -> None:
     write_json(part / "plans.json", plans)
     write_json(part / "dataset.json", dataset_json)
     checkpoint = io.BytesIO()
-    torch.save({"network_weights": network.state_dict(), "trainer_name": "nnUNetTrainer",
-                "init_args": {"configuration": CONFIGURATION},
-                "inference_allowed_mirroring_axes": tuple(facts["mirror_axes"])}, checkpoint)
+    torch.save(
+        {
+            "network_weights": network.state_dict(),
+            "trainer_name": "nnUNetTrainer",
+            "init_args": {"configuration": CONFIGURATION},
+            "inference_allowed_mirroring_axes": tuple(facts["mirror_axes"]),
+        },
+        checkpoint,
+    )
     write_bytes(part / "fold_0" / "checkpoint_final.pth", checkpoint.getvalue())
     shutil.rmtree(target, ignore_errors=True)
     os.replace(part, target)

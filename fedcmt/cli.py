@@ -18,8 +18,14 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``fedcmt run`` and ``scripts/run_fed.py``."""
     parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of the federation")
     parser.add_argument("--workspace", type=Path, help="where everything is written (default workspace/NAME)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", dest="overrides",
-                        help="override a setting; may be repeated")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY.PATH=VALUE",
+        dest="overrides",
+        help="override a setting; may be repeated",
+    )
     parser.add_argument("--fresh", action="store_true", help="start over instead of going on")
 
 
@@ -43,7 +49,9 @@ def preprocess(options: argparse.Namespace) -> None:
             print(f"{name}: {_described(plan)}")
         return
     if not options.datasets:
-        raise InputError("nothing to preprocess", field="-d", fix="name datasets with -d ID ... or a federation with --config")
+        raise InputError(
+            "nothing to preprocess", field="-d", fix="name datasets with -d ID ... or a federation with --config"
+        )
     _preprocess_datasets(options)
 
 
@@ -55,10 +63,13 @@ def _preprocess_datasets(options: argparse.Namespace) -> None:
     for identifier in options.datasets:
         dataset = load_dataset(_folder(options.raw, "raw"), identifier)
         modality = "CT" if "ct" in [name.lower() for name in dataset.channel_names] else "MR"
-        client = validated(ClientConfig, {"name": dataset.name, "dataset": dataset.name, "modality": modality,
-                                          "spacing": options.spacing})
-        plan = prepare_client(client, dataset, contract, _folder(options.preprocessed, "preprocessed"),
-                              workers=options.workers)
+        client = validated(
+            ClientConfig,
+            {"name": dataset.name, "dataset": dataset.name, "modality": modality, "spacing": options.spacing},
+        )
+        plan = prepare_client(
+            client, dataset, contract, _folder(options.preprocessed, "preprocessed"), workers=options.workers
+        )
         print(f"{dataset.name}: {_described(plan)}")
 
 
@@ -67,15 +78,20 @@ def _folder(given: Path | None, which: str) -> Path:
 
     folder = given or os.environ.get(f"nnUNet_{which}")
     if not folder:
-        raise InputError(f"no folder of {which} datasets", field=f"--{which}",
-                         fix=f"give --{which} or set the environment variable nnUNet_{which}")
+        raise InputError(
+            f"no folder of {which} datasets",
+            field=f"--{which}",
+            fix=f"give --{which} or set the environment variable nnUNet_{which}",
+        )
     return Path(folder)
 
 
 def _described(plan: Any) -> str:
     configuration = plan.configuration
-    return (f"{plan.task}, {len(plan.dataset.train)} cases, spacing {[round(s, 3) for s in configuration.spacing]} mm, "
-            f"patch {list(configuration.patch_size)}, batch {configuration.batch_size} -> {plan.folder}")
+    return (
+        f"{plan.task}, {len(plan.dataset.train)} cases, spacing {[round(s, 3) for s in configuration.spacing]} mm, "
+        f"patch {list(configuration.patch_size)}, batch {configuration.batch_size} -> {plan.folder}"
+    )
 
 
 def report(options: argparse.Namespace) -> None:
@@ -83,8 +99,9 @@ def report(options: argparse.Namespace) -> None:
     from fedcmt.report import write_report
 
     if not (options.workspace / "metrics.jsonl").is_file():
-        raise InputError(f"{options.workspace} is no workspace of a federation with a finished round",
-                         field="workspace")
+        raise InputError(
+            f"{options.workspace} is no workspace of a federation with a finished round", field="workspace"
+        )
     print(write_report(options.workspace))
 
 

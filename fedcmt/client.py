@@ -29,12 +29,19 @@ class Client:
         device: Where it trains.
     """
 
-    def __init__(self, config: ClientConfig, federation: FederationConfig, plan: ClientPlan, folder: ClientFolder,
-                 device: torch.device) -> None:
+    def __init__(
+        self,
+        config: ClientConfig,
+        federation: FederationConfig,
+        plan: ClientPlan,
+        folder: ClientFolder,
+        device: torch.device,
+    ) -> None:
         self.name, self.plan, self._folder = config.name, plan, folder
         self._steps = config.local_steps or federation.training.local_steps
-        self._trainer = Trainer(plan, federation.training, client=config.name, seed=federation.seed,
-                                rounds=federation.rounds, device=device)
+        self._trainer = Trainer(
+            plan, federation.training, client=config.name, seed=federation.seed, rounds=federation.rounds, device=device
+        )
         self._topology = contract_digest(plan.architecture)
         self._best: Validation | None = None
         self._best_facts: dict[str, Any] = {}
@@ -44,11 +51,19 @@ class Client:
     def describe(self) -> ClientDescription:
         """What the server must know."""
         modality, channels = self.plan.group.rsplit("-", 1)
-        return ClientDescription(self.name, self.plan.task, modality, int(channels), len(self.plan.train),
-                                 self._topology, self._trainer.encoder_layout.digest())
+        return ClientDescription(
+            self.name,
+            self.plan.task,
+            modality,
+            int(channels),
+            len(self.plan.train),
+            self._topology,
+            self._trainer.encoder_layout.digest(),
+        )
 
-    def fit(self, outgoing: Outgoing | None, round_index: int,
-            on_step: Callable[[str, int, int, float], None]) -> ClientUpdate:
+    def fit(
+        self, outgoing: Outgoing | None, round_index: int, on_step: Callable[[str, int, int, float], None]
+    ) -> ClientUpdate:
         """Train locally from the received parameters, and validate the result.
 
         Args:
@@ -61,16 +76,26 @@ class Client:
         """
         self._receive(outgoing)
         encoder, adaptor = self._trainer.encoder.clone(), self._trainer.adaptor.clone()
-        fitted = self._trainer.fit(round_index, self._steps,
-                                   lambda step, loss: on_step(self.name, step, self._steps, loss))
+        fitted = self._trainer.fit(
+            round_index, self._steps, lambda step, loss: on_step(self.name, step, self._steps, loss)
+        )
         torch.sub(self._trainer.encoder, encoder, out=encoder)
         torch.sub(self._trainer.adaptor, adaptor, out=adaptor)
         local, seconds = self._validate("local", round_index)
         self._line = {
-            "kind": "client", "round": round_index, "client": self.name, "group": self.plan.group,
-            "task": self.plan.task, "num_cases": len(self.plan.train), "local_steps": fitted.steps,
-            "train_loss": fitted.loss, "learning_rate": fitted.learning_rate, "update_norm": float(encoder.norm()),
-            "local": local, "seconds": {"train": fitted.seconds, "data_wait": fitted.data_wait, "validate": seconds}}
+            "kind": "client",
+            "round": round_index,
+            "client": self.name,
+            "group": self.plan.group,
+            "task": self.plan.task,
+            "num_cases": len(self.plan.train),
+            "local_steps": fitted.steps,
+            "train_loss": fitted.loss,
+            "learning_rate": fitted.learning_rate,
+            "update_norm": float(encoder.norm()),
+            "local": local,
+            "seconds": {"train": fitted.seconds, "data_wait": fitted.data_wait, "validate": seconds},
+        }
         return ClientUpdate(self.name, round_index, len(self.plan.train), encoder, adaptor)
 
     def evaluate(self, outgoing: Outgoing | None, refused: str | None = None) -> dict[str, Any]:
@@ -108,8 +133,11 @@ class Client:
         """Write what resuming needs, then the models. Not committed until the server's state is written."""
         facts = {"client": self.name, "round": round_index, "topology": self._topology}
         best = None if self._best is None else self._best.as_json()
-        write_tensors(self._folder.state(round_index), self._trainer.state(),
-                      facts | {"best": best, "best_facts": self._best_facts})
+        write_tensors(
+            self._folder.state(round_index),
+            self._trainer.state(),
+            facts | {"best": best, "best_facts": self._best_facts},
+        )
         if self._best_model is not None:
             write_tensors(self._folder.best, self._best_model, facts | self._best_facts)
             self._best_model = None

@@ -65,7 +65,8 @@ class TrainingConfig(Settings):
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = Field(3e-4, gt=0)
     learning_rate_schedule: Literal["constant", "poly"] = Field(
-        "poly", description="by round: constant, or nnU-Net's (1 - round / rounds)^0.9")
+        "poly", description="by round: constant, or nnU-Net's (1 - round / rounds)^0.9"
+    )
     weight_decay: float = Field(1e-5, ge=0)
     momentum: float = Field(0.9, ge=0, lt=1, description="of sgd (Nesterov)")
     clip_norm: float = Field(1.0, gt=0, description="largest Euclidean norm of a gradient")
@@ -92,7 +93,8 @@ class ClientConfig(Settings):
     task: Literal["segmentation", "classification"] | None = Field(None, description="default: what the dataset holds")
     channels: Positive | None = Field(None, description="number of input channels; checked when given")
     spacing: Annotated[list[float], Field(min_length=3, max_length=3)] | None = Field(
-        None, description="target voxel spacing in mm, in the order of the stored array (z, y, x); default: nnU-Net's")
+        None, description="target voxel spacing in mm, in the order of the stored array (z, y, x); default: nnU-Net's"
+    )
     patch_size: Axes | None = Field(None, description="voxels in plan order; default: nnU-Net's, segmentation only")
     batch_size: Positive | None = None
     fold: Annotated[int, Field(ge=0)] | Literal["all"] = 0
@@ -152,8 +154,11 @@ class FederationConfig(Settings):
         """
         configured = getattr(self, which) or os.environ.get(f"nnUNet_{which}")
         if not configured:
-            raise InputError(f"no folder of {which} datasets", field=which,
-                             fix=f"set '{which}' in the config or the environment variable nnUNet_{which}")
+            raise InputError(
+                f"no folder of {which} datasets",
+                field=which,
+                fix=f"set '{which}' in the config or the environment variable nnUNet_{which}",
+            )
         return Path(configured)
 
     def workspace_folder(self) -> Path:
@@ -186,8 +191,12 @@ def validated(model: type[Model], data: Any, where: str = "") -> Model:
     if first["type"] == "extra_forbidden":
         known = _fields_at(model, first["loc"][:-1])
         close = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.0)
-        raise InputError(f"unknown key '{location[-1]}'", client=client, field=field,
-                         fix=f"did you mean '{close[0]}'?" if close else None) from None
+        raise InputError(
+            f"unknown key '{location[-1]}'",
+            client=client,
+            field=field,
+            fix=f"did you mean '{close[0]}'?" if close else None,
+        ) from None
     shown = first["type"] != "missing" and not isinstance(first["input"], (dict, list))
     found = f", found {str(first['input'])[:80]!r}" if shown else ""
     raise InputError(first["msg"].removeprefix("Value error, ") + found, client=client, field=field) from None
@@ -201,14 +210,19 @@ def _client_name(data: Any, location: Sequence[str | int]) -> str | None:
 
 
 def _fields_at(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
-    nested: dict[str, type[BaseModel]] = {"clients": ClientConfig, "topology": TopologyConfig, "training": TrainingConfig,
-              "inference": InferenceConfig}
+    nested: dict[str, type[BaseModel]] = {
+        "clients": ClientConfig,
+        "topology": TopologyConfig,
+        "training": TrainingConfig,
+        "inference": InferenceConfig,
+    }
     names = [part for part in location if isinstance(part, str)]
     return list((nested.get(names[0], model) if names else model).model_fields)
 
 
-def load_config(source: Path | str | Mapping[str, Any] | FederationConfig,
-                overrides: Sequence[str] = ()) -> FederationConfig:
+def load_config(
+    source: Path | str | Mapping[str, Any] | FederationConfig, overrides: Sequence[str] = ()
+) -> FederationConfig:
     """Read a federation's configuration.
 
     Args:

@@ -24,8 +24,9 @@ class Curves:
     def __enter__(self) -> Curves:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._writer.close()
 
     def add(self, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -40,8 +41,11 @@ class Curves:
 
 def _client_scalars(line: Mapping[str, Any]) -> dict[str, float | None]:
     name = line["client"]
-    scalars = {f"{name}/train_loss": line["train_loss"], f"{name}/update_norm": line["update_norm"],
-               f"{name}/learning_rate": line["learning_rate"]}
+    scalars = {
+        f"{name}/train_loss": line["train_loss"],
+        f"{name}/update_norm": line["update_norm"],
+        f"{name}/learning_rate": line["learning_rate"],
+    }
     for stage in ("local", "aggregated"):
         if stage in line:
             scalars[f"{name}/{stage}_{line[stage]['metric']}"] = line[stage]["score"]

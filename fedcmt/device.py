@@ -20,6 +20,9 @@ def choose_device(name: str) -> torch.device:
     except RuntimeError:
         raise InputError(f"unknown device '{name}'", field="device", fix="use auto, cpu or cuda[:i]") from None
     if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
-        raise InputError(f"{name} was asked for and there are {torch.cuda.device_count()} GPUs", field="device",
-                         fix="use auto or cpu")
+        raise InputError(
+            f"{name} was asked for and there are {torch.cuda.device_count()} GPUs",
+            field="device",
+            fix="use auto or cpu",
+        )
     return device

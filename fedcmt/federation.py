@@ -28,8 +28,17 @@ from fedcmt.scoring import score_client
 from fedcmt.server import Server
 
 # A workspace goes on only with the settings it was made with; these change no result of the rounds already done.
-_FREE_TO_CHANGE = {"rounds", "device", "threads", "backend", "inference", "workspace", "raw", "preprocessed",
-                   "preprocessing_workers"}
+_FREE_TO_CHANGE = {
+    "rounds",
+    "device",
+    "threads",
+    "backend",
+    "inference",
+    "workspace",
+    "raw",
+    "preprocessed",
+    "preprocessing_workers",
+}
 
 
 @dataclass(frozen=True)
@@ -41,8 +50,9 @@ class FederationResult:
     results: dict[str, Any]
 
 
-def run_federation(config: FederationConfig | Mapping[str, Any] | Path | str, *,
-                   fresh: bool = False) -> FederationResult:
+def run_federation(
+    config: FederationConfig | Mapping[str, Any] | Path | str, *, fresh: bool = False
+) -> FederationResult:
     """Run a federation in this process, or go on with one that was interrupted.
 
     Args:
@@ -74,8 +84,14 @@ def run_federation(config: FederationConfig | Mapping[str, Any] | Path | str, *,
             workspace.clear()
         _write_descriptions(workspace, config, plans)
         clients = [Client(c, config, plans[c.name], workspace.client(c.name), device) for c in config.clients]
-        server = Server(strategy, TopologyContract.of(config.topology), [client.describe() for client in clients],
-                        seed=config.seed, device=device, backend=config.backend)
+        server = Server(
+            strategy,
+            TopologyContract.of(config.topology),
+            [client.describe() for client in clients],
+            seed=config.seed,
+            device=device,
+            backend=config.backend,
+        )
         lines = _resume(workspace, server, clients, display)
         curves = stack.enter_context(Curves(workspace.tensorboard, server.round_index))
         for round_index in range(server.round_index + 1, config.rounds + 1):
@@ -129,8 +145,9 @@ def _prepare(config: FederationConfig, datasets: Sequence[Any], display: Display
     contract, plans = TopologyContract.of(config.topology), {}
     for client, dataset in zip(config.clients, datasets, strict=True):
         display.note(f"{client.name}: {dataset.name}, checking, planning and preprocessing what is new")
-        plan = prepare_client(client, dataset, contract, config.folder("preprocessed"),
-                              workers=config.preprocessing_workers)
+        plan = prepare_client(
+            client, dataset, contract, config.folder("preprocessed"), workers=config.preprocessing_workers
+        )
         for warning in preprocessing_warnings(plan.folder):
             display.note(f"{client.name}: warning: {warning}")
         if plan.validates_on_training:
@@ -146,8 +163,11 @@ def _check_same_federation(workspace: Workspace, config: FederationConfig) -> No
     now = config.model_dump(mode="json")
     changed = sorted(key for key in now if key not in _FREE_TO_CHANGE and now[key] != before[key])
     if changed:
-        raise InputError(f"{workspace.path} was made with another '{changed[0]}'", field=changed[0],
-                         fix="use the same settings, another workspace, or --fresh to start over")
+        raise InputError(
+            f"{workspace.path} was made with another '{changed[0]}'",
+            field=changed[0],
+            fix="use the same settings, another workspace, or --fresh to start over",
+        )
 
 
 def _write_descriptions(workspace: Workspace, config: FederationConfig, plans: Mapping[str, ClientPlan]) -> None:
@@ -157,12 +177,18 @@ def _write_descriptions(workspace: Workspace, config: FederationConfig, plans: M
         write_json(folder.plans, plan.plans)
         write_json(folder.dataset_json, plan.dataset_json)
         mirror_axes = NnunetRules(plan, deep_supervision=False).mirror_axes()
-        write_json(folder.facts, {"task": plan.task, "num_heads": plan.num_heads, "mirror_axes": list(mirror_axes),
-                                  "class_names": list(plan.dataset.class_names or ())})
+        write_json(
+            folder.facts,
+            {
+                "task": plan.task,
+                "num_heads": plan.num_heads,
+                "mirror_axes": list(mirror_axes),
+                "class_names": list(plan.dataset.class_names or ()),
+            },
+        )
 
 
-def _resume(workspace: Workspace, server: Server, clients: Sequence[Client],
-            display: Display) -> list[dict[str, Any]]:
+def _resume(workspace: Workspace, server: Server, clients: Sequence[Client], display: Display) -> list[dict[str, Any]]:
     """Restore the newest round that was committed whole; an older one if its files are damaged."""
     rounds = workspace.committed_rounds([client.name for client in clients])
     for index, round_index in enumerate(rounds):
@@ -180,8 +206,9 @@ def _resume(workspace: Workspace, server: Server, clients: Sequence[Client],
     return []
 
 
-def _finish(workspace: Workspace, config: FederationConfig, plans: Mapping[str, ClientPlan],
-            display: Display) -> dict[str, Any]:
+def _finish(
+    workspace: Workspace, config: FederationConfig, plans: Mapping[str, ClientPlan], display: Display
+) -> dict[str, Any]:
     """Predict, score, export and report, unless that was done after these rounds."""
     if workspace.results.is_file() and (done := read_json(workspace.results))["rounds"] == config.rounds:
         write_report(workspace.path)
@@ -191,8 +218,7 @@ def _finish(workspace: Workspace, config: FederationConfig, plans: Mapping[str, 
         display.note(f"{name}: predicting with its best model")
         entries.append(score_client(workspace, name, plan, config.inference, config.device))
         export_nnunet_model(workspace.client(name), workspace.client(name).model)
-    results = {"federation": config.name, "strategy": config.strategy.name, "rounds": config.rounds,
-               "clients": entries}
+    results = {"federation": config.name, "strategy": config.strategy.name, "rounds": config.rounds, "clients": entries}
     write_json(workspace.results, results)
     display.note(f"report: {write_report(workspace.path)}")
     return results

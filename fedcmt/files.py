@@ -94,8 +94,11 @@ def copy_into(targets: Mapping[str, Tensor], values: Mapping[str, Tensor], *, so
         raise InputError(f"{source} does not fit the network: '{odd}' is on one side only", field="model")
     for name, target in targets.items():
         if target.shape != values[name].shape or target.dtype != values[name].dtype:
-            raise InputError(f"{source} does not fit the network: '{name}' is {tuple(values[name].shape)} "
-                             f"{values[name].dtype}, expected {tuple(target.shape)} {target.dtype}", field="model")
+            raise InputError(
+                f"{source} does not fit the network: '{name}' is {tuple(values[name].shape)} "
+                f"{values[name].dtype}, expected {tuple(target.shape)} {target.dtype}",
+                field="model",
+            )
     with torch.no_grad():
         for name, target in targets.items():
             target.copy_(values[name])

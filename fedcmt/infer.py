@@ -1,6 +1,6 @@
 """Prediction: a client's model on new scans, written on the scans' own grid.
 
-    python -m fedcmt.infer --workspace workspace/demo --client ct_lung -i scan.nii.gz -o predictions/
+python -m fedcmt.infer --workspace workspace/demo --client ct_lung -i scan.nii.gz -o predictions/
 """
 
 from __future__ import annotations
@@ -61,8 +61,9 @@ class Predictor:
         InputError: The model's files are damaged or do not fit each other.
     """
 
-    def __init__(self, folder: ClientFolder, *, device: str = "auto", mirroring: bool = True,
-                 tile_step_size: float = 0.5) -> None:
+    def __init__(
+        self, folder: ClientFolder, *, device: str = "auto", mirroring: bool = True, tile_step_size: float = 0.5
+    ) -> None:
         self._device = choose_device(device)
         network, self._plans, self._dataset_json, self._facts = load_model(folder)
         self._network = network.to(self._device)
@@ -72,8 +73,15 @@ class Predictor:
         if self.task == "segmentation":
             with redirect_stdout(io.StringIO()):  # it prints a remark on every CPU
                 self._windows = nnUNetPredictor(tile_step_size, True, mirroring, device=self._device, allow_tqdm=False)
-            self._windows.manual_initialization(network, self._manager, self._configuration, None, self._dataset_json,
-                                                "nnUNetTrainer", self._mirror_axes)
+            self._windows.manual_initialization(
+                network,
+                self._manager,
+                self._configuration,
+                None,
+                self._dataset_json,
+                "nnUNetTrainer",
+                self._mirror_axes,
+            )
 
     @classmethod
     def from_workspace(cls, workspace: Path | str, client: str, **options: Any) -> Predictor:
@@ -126,20 +134,30 @@ class Predictor:
             InputError: Wrong number of channels.
         """
         if volume.data.shape[0] != self.num_channels:
-            raise InputError(f"expected {self.num_channels} channels "
-                             f"({', '.join(self._dataset_json['channel_names'].values())}), got "
-                             f"{volume.data.shape[0]}", field="channels")
+            raise InputError(
+                f"expected {self.num_channels} channels "
+                f"({', '.join(self._dataset_json['channel_names'].values())}), got "
+                f"{volume.data.shape[0]}",
+                field="channels",
+            )
         properties = {"spacing": [float(s) for s in volume.spacing]}
         preprocessor = self._configuration.preprocessor_class(verbose=False)
-        data, _, properties = preprocessor.run_case_npy(volume.data, None, properties, self._manager,
-                                                        self._configuration, self._dataset_json)
+        data, _, properties = preprocessor.run_case_npy(
+            volume.data, None, properties, self._manager, self._configuration, self._dataset_json
+        )
         image = torch.from_numpy(data)
         if self.task == "classification":
             return Prediction(None, self._classify(image))
         logits = self._windows.predict_sliding_window_return_logits(image).cpu()
         result = convert_predicted_logits_to_segmentation_with_correct_shape(
-            logits, self._manager, self._configuration, self._windows.label_manager, properties,
-            return_probabilities=probabilities, num_threads_torch=torch.get_num_threads())
+            logits,
+            self._manager,
+            self._configuration,
+            self._windows.label_manager,
+            properties,
+            return_probabilities=probabilities,
+            num_threads_torch=torch.get_num_threads(),
+        )
         return Prediction(*result) if probabilities else Prediction(result, None)
 
     def _classify(self, image: torch.Tensor) -> np.ndarray:
@@ -147,8 +165,9 @@ class Predictor:
         case = whole_case(image, self._configuration.patch_size, divisor).to(self._device)
         return self._network(case)[0].float().softmax(0).cpu().numpy()
 
-    def predict_files(self, cases: dict[str, tuple[Path, ...]], output: Path, *,
-                      save_probabilities: bool = False) -> dict[str, Prediction]:
+    def predict_files(
+        self, cases: dict[str, tuple[Path, ...]], output: Path, *, save_probabilities: bool = False
+    ) -> dict[str, Prediction]:
         """Predict cases and write label maps (NIfTI), or for classification ``predictions.csv``.
 
         Args:
@@ -212,21 +231,29 @@ def find_cases(source: Path, num_channels: int) -> dict[str, tuple[Path, ...]]:
     for file in files:
         case, channels = _channels_of(file, num_channels)
         if cases.setdefault(case, channels) != channels:
-            raise InputError(f"{cases[case][0].name} and {channels[0].name} would have the same output", case=case,
-                             field="-i", fix="rename one of them")
+            raise InputError(
+                f"{cases[case][0].name} and {channels[0].name} would have the same output",
+                case=case,
+                field="-i",
+                fix="rename one of them",
+            )
     return cases
 
 
 def _channels_of(file: Path, num_channels: int) -> tuple[str, tuple[Path, ...]]:
     """The case that a file belongs to, and all its channels' files."""
     ending = next(e for e in ENDINGS if file.name.lower().endswith(e))
-    stem, ending = file.name[:-len(ending)], file.name[-len(ending):]
+    stem, ending = file.name[: -len(ending)], file.name[-len(ending) :]
     case, _, number = stem.rpartition("_")
     numbered = bool(case) and len(number) == 4 and number.isdigit()
     if numbered and int(number) >= num_channels:
         if file.with_name(f"{case}_0000{ending}").is_file():
-            raise InputError(f"{file.name} is a channel too many, the model takes {num_channels}", case=case,
-                             field="channels", fix="choose the client for these images")
+            raise InputError(
+                f"{file.name} is a channel too many, the model takes {num_channels}",
+                case=case,
+                field="channels",
+                fix="choose the client for these images",
+            )
         numbered = False  # a year or a series number
     if not numbered:
         case, channels = stem, [file]
@@ -255,9 +282,13 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _predict(options: argparse.Namespace) -> None:
     if not 0 < options.tile_step_size <= 1:
         raise InputError(f"should be above 0 and at most 1, found {options.tile_step_size}", field="--tile-step-size")
-    predictor = Predictor.from_workspace(options.workspace, options.client, device=options.device,
-                                         mirroring=not options.disable_mirroring,
-                                         tile_step_size=options.tile_step_size)
+    predictor = Predictor.from_workspace(
+        options.workspace,
+        options.client,
+        device=options.device,
+        mirroring=not options.disable_mirroring,
+        tile_step_size=options.tile_step_size,
+    )
     cases = find_cases(options.input, predictor.num_channels)
     predictor.predict_files(cases, options.output, save_probabilities=options.save_probabilities)
     print(f"{len(cases)} case{'s' if len(cases) != 1 else ''} written to {options.output}")

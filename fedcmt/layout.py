@@ -32,7 +32,7 @@ class Segment:
 
     def view(self, flat: Tensor) -> Tensor:
         """The parameter as a view of ``flat``, `[P]` -> `shape`."""
-        part = flat[self.offset:self.offset + self.numel]
+        part = flat[self.offset : self.offset + self.numel]
         if len(self.shape) < 4:
             return part.view(self.shape)
         out, inputs, *kernel = self.shape

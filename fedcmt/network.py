@@ -24,17 +24,54 @@ LSE_SHARPNESS = 5.0
 class _AdaptedEncoder(nn.Module):
     """Adaptor and encoder: input `[B, C, D, H, W]` -> one feature map a stage, finest first."""
 
-    def __init__(self, input_channels: int, n_stages: int, features_per_stage: Sequence[int],
-                 conv_op: type[nn.Module], kernel_sizes: Sequence[Sequence[int]], strides: Sequence[Sequence[int]],
-                 n_conv_per_stage: Sequence[int], conv_bias: bool, norm_op: type[nn.Module] | None,
-                 norm_op_kwargs: dict[str, Any] | None, nonlin: type[nn.Module] | None,
-                 nonlin_kwargs: dict[str, Any] | None, adaptor_width: int) -> None:
+    def __init__(
+        self,
+        input_channels: int,
+        n_stages: int,
+        features_per_stage: Sequence[int],
+        conv_op: type[nn.Module],
+        kernel_sizes: Sequence[Sequence[int]],
+        strides: Sequence[Sequence[int]],
+        n_conv_per_stage: Sequence[int],
+        conv_bias: bool,
+        norm_op: type[nn.Module] | None,
+        norm_op_kwargs: dict[str, Any] | None,
+        nonlin: type[nn.Module] | None,
+        nonlin_kwargs: dict[str, Any] | None,
+        adaptor_width: int,
+    ) -> None:
         super().__init__()
-        self.adaptor = ConvDropoutNormReLU(conv_op, input_channels, adaptor_width, kernel_sizes[0], 1, conv_bias,
-                                           norm_op, norm_op_kwargs, None, None, nonlin, nonlin_kwargs)
-        self.encoder = PlainConvEncoder(adaptor_width, n_stages, features_per_stage, conv_op, kernel_sizes, strides,
-                                        n_conv_per_stage, conv_bias, norm_op, norm_op_kwargs, None, None, nonlin,
-                                        nonlin_kwargs, return_skips=True)
+        self.adaptor = ConvDropoutNormReLU(
+            conv_op,
+            input_channels,
+            adaptor_width,
+            kernel_sizes[0],
+            1,
+            conv_bias,
+            norm_op,
+            norm_op_kwargs,
+            None,
+            None,
+            nonlin,
+            nonlin_kwargs,
+        )
+        self.encoder = PlainConvEncoder(
+            adaptor_width,
+            n_stages,
+            features_per_stage,
+            conv_op,
+            kernel_sizes,
+            strides,
+            n_conv_per_stage,
+            conv_bias,
+            norm_op,
+            norm_op_kwargs,
+            None,
+            None,
+            nonlin,
+            nonlin_kwargs,
+            return_skips=True,
+        )
 
     @staticmethod
     def initialize(module: nn.Module) -> None:
@@ -48,14 +85,40 @@ class FedCMTNet(_AdaptedEncoder):
     ``forward``: `[B, C, D, H, W]` -> logits `[B, K, D, H, W]`, with deep supervision a list, finest first.
     """
 
-    def __init__(self, input_channels: int, num_classes: int, n_stages: int, features_per_stage: Sequence[int],
-                 conv_op: type[nn.Module], kernel_sizes: Sequence[Sequence[int]], strides: Sequence[Sequence[int]],
-                 n_conv_per_stage: Sequence[int], n_conv_per_stage_decoder: Sequence[int], conv_bias: bool = True,
-                 norm_op: type[nn.Module] | None = None, norm_op_kwargs: dict[str, Any] | None = None,
-                 nonlin: type[nn.Module] | None = None, nonlin_kwargs: dict[str, Any] | None = None,
-                 deep_supervision: bool = False, adaptor_width: int = 32) -> None:
-        super().__init__(input_channels, n_stages, features_per_stage, conv_op, kernel_sizes, strides,
-                         n_conv_per_stage, conv_bias, norm_op, norm_op_kwargs, nonlin, nonlin_kwargs, adaptor_width)
+    def __init__(
+        self,
+        input_channels: int,
+        num_classes: int,
+        n_stages: int,
+        features_per_stage: Sequence[int],
+        conv_op: type[nn.Module],
+        kernel_sizes: Sequence[Sequence[int]],
+        strides: Sequence[Sequence[int]],
+        n_conv_per_stage: Sequence[int],
+        n_conv_per_stage_decoder: Sequence[int],
+        conv_bias: bool = True,
+        norm_op: type[nn.Module] | None = None,
+        norm_op_kwargs: dict[str, Any] | None = None,
+        nonlin: type[nn.Module] | None = None,
+        nonlin_kwargs: dict[str, Any] | None = None,
+        deep_supervision: bool = False,
+        adaptor_width: int = 32,
+    ) -> None:
+        super().__init__(
+            input_channels,
+            n_stages,
+            features_per_stage,
+            conv_op,
+            kernel_sizes,
+            strides,
+            n_conv_per_stage,
+            conv_bias,
+            norm_op,
+            norm_op_kwargs,
+            nonlin,
+            nonlin_kwargs,
+            adaptor_width,
+        )
         self.decoder = UNetDecoder(self.encoder, num_classes, n_conv_per_stage_decoder, deep_supervision)
         # The decoder keeps a second path to the encoder, which it never calls; with it a state dict holds every
         # encoder weight twice, and loading a partly updated one silently restores the old values.
@@ -75,8 +138,9 @@ class PooledHead(nn.Module):
 
     def __init__(self, conv_op: type[nn.Module], features: int, num_classes: int) -> None:
         super().__init__()
-        self.prediction_map = nn.Sequential(conv_op(features, features, 1), nn.LeakyReLU(inplace=True),
-                                            conv_op(features, num_classes, 1))
+        self.prediction_map = nn.Sequential(
+            conv_op(features, features, 1), nn.LeakyReLU(inplace=True), conv_op(features, num_classes, 1)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Features `[B, F, d, h, w]` -> class scores `[B, K]`."""
@@ -87,13 +151,38 @@ class PooledHead(nn.Module):
 class FedCMTClassifier(_AdaptedEncoder):
     """Classification: adaptor, encoder, pooled head. ``forward``: `[B, C, D, H, W]` -> class scores `[B, K]`."""
 
-    def __init__(self, input_channels: int, num_classes: int, n_stages: int, features_per_stage: Sequence[int],
-                 conv_op: type[nn.Module], kernel_sizes: Sequence[Sequence[int]], strides: Sequence[Sequence[int]],
-                 n_conv_per_stage: Sequence[int], conv_bias: bool = True, norm_op: type[nn.Module] | None = None,
-                 norm_op_kwargs: dict[str, Any] | None = None, nonlin: type[nn.Module] | None = None,
-                 nonlin_kwargs: dict[str, Any] | None = None, adaptor_width: int = 32) -> None:
-        super().__init__(input_channels, n_stages, features_per_stage, conv_op, kernel_sizes, strides,
-                         n_conv_per_stage, conv_bias, norm_op, norm_op_kwargs, nonlin, nonlin_kwargs, adaptor_width)
+    def __init__(
+        self,
+        input_channels: int,
+        num_classes: int,
+        n_stages: int,
+        features_per_stage: Sequence[int],
+        conv_op: type[nn.Module],
+        kernel_sizes: Sequence[Sequence[int]],
+        strides: Sequence[Sequence[int]],
+        n_conv_per_stage: Sequence[int],
+        conv_bias: bool = True,
+        norm_op: type[nn.Module] | None = None,
+        norm_op_kwargs: dict[str, Any] | None = None,
+        nonlin: type[nn.Module] | None = None,
+        nonlin_kwargs: dict[str, Any] | None = None,
+        adaptor_width: int = 32,
+    ) -> None:
+        super().__init__(
+            input_channels,
+            n_stages,
+            features_per_stage,
+            conv_op,
+            kernel_sizes,
+            strides,
+            n_conv_per_stage,
+            conv_bias,
+            norm_op,
+            norm_op_kwargs,
+            nonlin,
+            nonlin_kwargs,
+            adaptor_width,
+        )
         self.decoder = PooledHead(conv_op, features_per_stage[-1], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,8 +200,9 @@ _OPERATORS: dict[str, type[nn.Module]] = {
 }
 
 
-def build_network(architecture: Mapping[str, Any], input_channels: int, num_classes: int, *,
-                  deep_supervision: bool = False) -> nn.Module:
+def build_network(
+    architecture: Mapping[str, Any], input_channels: int, num_classes: int, *, deep_supervision: bool = False
+) -> nn.Module:
     """Build and initialise a network from the ``architecture`` block of a plan.
 
     Args:

@@ -42,21 +42,23 @@ class TopologyContract:
         """Fill in a topology's defaults."""
         stages = len(config.features)
         norm, norm_kwargs = _NORMS[config.norm]
-        return cls({
-            "n_stages": stages,
-            "features_per_stage": list(config.features),
-            "conv_op": "torch.nn.modules.conv.Conv3d",
-            "kernel_sizes": config.kernel_sizes or [[3, 3, 3]] * stages,
-            "strides": config.strides or [[1, 1, 1]] + [[2, 2, 2]] * (stages - 1),
-            "n_conv_per_stage": [config.convs_per_stage] * stages,
-            "n_conv_per_stage_decoder": [config.decoder_convs_per_stage] * (stages - 1),
-            "conv_bias": True,
-            "norm_op": norm,
-            "norm_op_kwargs": norm_kwargs,
-            "nonlin": "torch.nn.LeakyReLU",
-            "nonlin_kwargs": {"inplace": True},
-            "adaptor_width": config.adaptor_width,
-        })
+        return cls(
+            {
+                "n_stages": stages,
+                "features_per_stage": list(config.features),
+                "conv_op": "torch.nn.modules.conv.Conv3d",
+                "kernel_sizes": config.kernel_sizes or [[3, 3, 3]] * stages,
+                "strides": config.strides or [[1, 1, 1]] + [[2, 2, 2]] * (stages - 1),
+                "n_conv_per_stage": [config.convs_per_stage] * stages,
+                "n_conv_per_stage_decoder": [config.decoder_convs_per_stage] * (stages - 1),
+                "conv_bias": True,
+                "norm_op": norm,
+                "norm_op_kwargs": norm_kwargs,
+                "nonlin": "torch.nn.LeakyReLU",
+                "nonlin_kwargs": {"inplace": True},
+                "adaptor_width": config.adaptor_width,
+            }
+        )
 
     def architecture(self, task: str) -> dict[str, Any]:
         """The ``architecture`` block of a client's plan."""
@@ -64,8 +66,11 @@ class TopologyContract:
         if task == "classification":
             del kwargs["n_conv_per_stage_decoder"]
         name = "FedCMTClassifier" if task == "classification" else "FedCMTNet"
-        return {"network_class_name": f"fedcmt.network.{name}", "arch_kwargs": kwargs,
-                "_kw_requires_import": ["conv_op", "norm_op", "nonlin"]}
+        return {
+            "network_class_name": f"fedcmt.network.{name}",
+            "arch_kwargs": kwargs,
+            "_kw_requires_import": ["conv_op", "norm_op", "nonlin"],
+        }
 
     @property
     def divisor(self) -> np.ndarray:
@@ -135,35 +140,52 @@ def check_client(client: ClientConfig, dataset: RawDataset) -> str:
     """
     task = client.task or ("classification" if dataset.class_names else "segmentation")
     if task == "classification" and not dataset.class_names:
-        raise InputError(f"{dataset.name} holds no classification labels", client=client.name, field="task",
-                         fix="add cls_data.csv and classification_labels, or set task: segmentation")
+        raise InputError(
+            f"{dataset.name} holds no classification labels",
+            client=client.name,
+            field="task",
+            fix="add cls_data.csv and classification_labels, or set task: segmentation",
+        )
     if task == "segmentation" and not all(case.label for case in dataset.train.values()):
-        raise InputError(f"{dataset.name} has training cases without a label map", client=client.name, field="task",
-                         fix="add labelsTr, or set task: classification")
+        raise InputError(
+            f"{dataset.name} has training cases without a label map",
+            client=client.name,
+            field="task",
+            fix="add labelsTr, or set task: classification",
+        )
     found = len(dataset.channel_names)
     if client.channels is not None and client.channels != found:
-        raise InputError(f"expected {client.channels} channels, {dataset.name} has {found} "
-                         f"({', '.join(dataset.channel_names)})", client=client.name, field="channels",
-                         fix=f"set channels: {found} or choose another dataset")
+        raise InputError(
+            f"expected {client.channels} channels, {dataset.name} has {found} ({', '.join(dataset.channel_names)})",
+            client=client.name,
+            field="channels",
+            fix=f"set channels: {found} or choose another dataset",
+        )
     # nnU-Net normalises a channel as CT when it is named so: a wrong name would train on wrong intensities.
     is_ct = "ct" in [name.lower() for name in dataset.channel_names]
     if (client.modality.upper() == "CT") != is_ct:
-        raise InputError(f"modality {client.modality} contradicts the channels of {dataset.name} "
-                         f"({', '.join(dataset.channel_names)})", client=client.name, field="modality",
-                         fix="set modality to CT for datasets with a channel named CT, and only for those")
+        raise InputError(
+            f"modality {client.modality} contradicts the channels of {dataset.name} "
+            f"({', '.join(dataset.channel_names)})",
+            client=client.name,
+            field="modality",
+            fix="set modality to CT for datasets with a channel named CT, and only for those",
+        )
     return task
 
 
-def prepare_client(client: ClientConfig, dataset: RawDataset, contract: TopologyContract, preprocessed: Path, *,
-                   workers: int = 2) -> ClientPlan:
+def prepare_client(
+    client: ClientConfig, dataset: RawDataset, contract: TopologyContract, preprocessed: Path, *, workers: int = 2
+) -> ClientPlan:
     """Preprocess a client's dataset through nnU-Net where needed and put the contract into its plan.
 
     Raises:
         InputError: The dataset or the client's settings are wrong.
     """
     task = check_client(client, dataset)
-    plans, dataset_json, folder = preprocessed_plan(dataset, task, preprocessed, spacing=client.spacing,
-                                                    client=client.name, workers=workers)
+    plans, dataset_json, folder = preprocessed_plan(
+        dataset, task, preprocessed, spacing=client.spacing, client=client.name, workers=workers
+    )
     plans = deepcopy(plans)
     plans["plans_name"] = "FedCMTPlans"
     configuration = plans["configurations"][CONFIGURATION]
@@ -183,15 +205,23 @@ def _patch_size(client: ClientConfig, planned: Sequence[int], contract: Topology
     size = np.asarray(client.patch_size or planned)
     rounded = np.maximum(size // contract.divisor, 1) * contract.divisor
     if client.patch_size and not np.array_equal(size, rounded):
-        raise InputError(f"{client.patch_size} is no multiple of the topology's strides {contract.divisor.tolist()}",
-                         client=client.name, field="patch_size", fix=f"use {rounded.tolist()}")
+        raise InputError(
+            f"{client.patch_size} is no multiple of the topology's strides {contract.divisor.tolist()}",
+            client=client.name,
+            field="patch_size",
+            fix=f"use {rounded.tolist()}",
+        )
     return _with_depth_below(client, rounded, contract)
 
 
 def _with_depth_below(client: ClientConfig, size: np.ndarray, contract: TopologyContract) -> list[int]:
     if np.prod(size // contract.divisor) < 2:
-        raise InputError(f"{size.tolist()} leaves one voxel in the deepest stage, which cannot be normalised",
-                         client=client.name, field="patch_size", fix=f"use {(2 * contract.divisor).tolist()} or more")
+        raise InputError(
+            f"{size.tolist()} leaves one voxel in the deepest stage, which cannot be normalised",
+            client=client.name,
+            field="patch_size",
+            fix=f"use {(2 * contract.divisor).tolist()} or more",
+        )
     return [int(n) for n in size]
 
 
@@ -200,15 +230,20 @@ def _whole_case_size(client: ClientConfig, folder: Path, dataset: RawDataset, co
     import blosc2
 
     if client.patch_size:
-        raise InputError("classification uses whole cases, not patches", client=client.name, field="patch_size",
-                         fix="remove patch_size; a coarser spacing makes cases smaller")
+        raise InputError(
+            "classification uses whole cases, not patches",
+            client=client.name,
+            field="patch_size",
+            fix="remove patch_size; a coarser spacing makes cases smaller",
+        )
     shapes = [blosc2.open(str(folder / f"{case}.b2nd"), mode="r").shape[1:] for case in dataset.train]
     size = -(-np.max(shapes, axis=0) // contract.divisor) * contract.divisor
     return _with_depth_below(client, size, contract)
 
 
-def _split(client: ClientConfig, dataset: RawDataset, task: str,
-           folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _split(
+    client: ClientConfig, dataset: RawDataset, task: str, folder: Path
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     cases = sorted(dataset.train)
     if client.fold == "all":
         return tuple(cases), tuple(cases)
@@ -217,14 +252,19 @@ def _split(client: ClientConfig, dataset: RawDataset, task: str,
     if not path.is_file():
         path.write_text(json.dumps(splits, indent=2))
     if client.fold >= len(splits):
-        raise InputError(f"fold {client.fold} of {len(splits)}", client=client.name, field="fold",
-                         fix=f"use 0 to {len(splits) - 1} or 'all'")
+        raise InputError(
+            f"fold {client.fold} of {len(splits)}",
+            client=client.name,
+            field="fold",
+            fix=f"use 0 to {len(splits) - 1} or 'all'",
+        )
     split = splits[client.fold]
     unknown = sorted({*split["train"], *split["val"]} - set(cases))
     if unknown or not split["train"] or not split["val"]:
         what = f"names the unknown case '{unknown[0]}'" if unknown else "has an empty part"
-        raise InputError(f"fold {client.fold} in {path} {what}", client=client.name, field="fold",
-                         fix="correct or delete that file")
+        raise InputError(
+            f"fold {client.fold} in {path} {what}", client=client.name, field="fold", fix="correct or delete that file"
+        )
     return tuple(split["train"]), tuple(split["val"])
 
 

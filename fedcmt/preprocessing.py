@@ -34,8 +34,15 @@ CONFIGURATION = "3d_fullres"
 _RECORD = "fedcmt_preprocessed.json"
 
 
-def preprocessed_plan(dataset: RawDataset, task: str, preprocessed: Path, *, spacing: Sequence[float] | None,
-                      client: str | None = None, workers: int = 2) -> tuple[dict[str, Any], dict[str, Any], Path]:
+def preprocessed_plan(
+    dataset: RawDataset,
+    task: str,
+    preprocessed: Path,
+    *,
+    spacing: Sequence[float] | None,
+    client: str | None = None,
+    workers: int = 2,
+) -> tuple[dict[str, Any], dict[str, Any], Path]:
     """Check, fingerprint, plan and preprocess a dataset, unless that was done with these very files and settings.
 
     Args:
@@ -64,8 +71,12 @@ def preprocessed_plan(dataset: RawDataset, task: str, preprocessed: Path, *, spa
     folder.mkdir(parents=True)
     (folder / "warnings.txt").write_text("".join(f"{warning}\n" for warning in warnings))
     raw = _classification_view(dataset, folder) if task == "classification" else dataset.folder.parent
-    with open(folder / "nnunet.log", "w") as log, redirect_stdout(log), redirect_stderr(log), \
-            _nnunet_folders(raw, preprocessed):
+    with (
+        open(folder / "nnunet.log", "w") as log,
+        redirect_stdout(log),
+        redirect_stderr(log),
+        _nnunet_folders(raw, preprocessed),
+    ):
         plans, dataset_json = _run_nnunet(dataset, folder, spacing, client, workers)
     write_json(record, {"inputs": inputs, "plans": plans, "dataset_json": dataset_json})
     return plans, dataset_json, folder
@@ -76,20 +87,28 @@ def preprocessing_warnings(folder: Path) -> list[str]:
     return (folder / "warnings.txt").read_text().splitlines()
 
 
-def _run_nnunet(dataset: RawDataset, folder: Path, spacing: Sequence[float] | None, client: str | None,
-                workers: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def _run_nnunet(
+    dataset: RawDataset, folder: Path, spacing: Sequence[float] | None, client: str | None, workers: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
     extractor = DatasetFingerprintExtractor(dataset.name, num_processes=min(workers, len(dataset.train)))
     extractor.show_progress_bar = False
     with _threads_for_processes():
         extractor.run(overwrite_existing=True)
-    planner = ExperimentPlanner(dataset.name, plans_name=folder.name,
-                                overwrite_target_spacing=None if spacing is None else [float(s) for s in spacing])
+    planner = ExperimentPlanner(
+        dataset.name,
+        plans_name=folder.name,
+        overwrite_target_spacing=None if spacing is None else [float(s) for s in spacing],
+    )
     planner.plan_experiment()
     plans_file = folder.parent / f"{folder.name}.json"
     plans = read_json(plans_file)
     if CONFIGURATION not in plans["configurations"]:
-        raise InputError(f"{dataset.name} has single-slice images; nnU-Net plans no 3D configuration for it",
-                         client=client, field="dataset", fix="use volumes with more than one slice")
+        raise InputError(
+            f"{dataset.name} has single-slice images; nnU-Net plans no 3D configuration for it",
+            client=client,
+            field="dataset",
+            fix="use volumes with more than one slice",
+        )
     plans["configurations"] = {CONFIGURATION: plans["configurations"][CONFIGURATION] | {"data_identifier": folder.name}}
     write_json(plans_file, plans)
     dataset_json = read_json(folder.parent / "dataset.json")
@@ -97,13 +116,16 @@ def _run_nnunet(dataset: RawDataset, folder: Path, spacing: Sequence[float] | No
     return plans, dataset_json
 
 
-def _preprocess_cases(folder: Path, plans: dict[str, Any], dataset_json: dict[str, Any], raw: Path,
-                      workers: int) -> None:
+def _preprocess_cases(
+    folder: Path, plans: dict[str, Any], dataset_json: dict[str, Any], raw: Path, workers: int
+) -> None:
     manager = PlansManager(plans)
     files = get_filenames_of_train_images_and_targets(str(raw), deepcopy(dataset_json))
     configuration = manager.get_configuration(CONFIGURATION)
-    jobs: list[tuple[Any, ...]] = [(str(folder / case), paths["images"], paths["label"], manager, configuration,
-                                    dataset_json) for case, paths in files.items()]
+    jobs: list[tuple[Any, ...]] = [
+        (str(folder / case), paths["images"], paths["label"], manager, configuration, dataset_json)
+        for case, paths in files.items()
+    ]
     preprocessor = DefaultPreprocessor(verbose=False)
     with ThreadPoolExecutor(workers) as pool:
         for future in [pool.submit(preprocessor.run_case_save, *job) for job in jobs]:
@@ -129,8 +151,11 @@ def _threads_for_processes() -> Iterator[None]:
 def _nnunet_folders(raw: Path, preprocessed: Path) -> Iterator[None]:
     """nnU-Net finds its folders through environment variables, read at each use."""
     # Planning calls torch.set_num_threads with nnUNet_n_proc_DA, and fails on the 0 that is right for training.
-    wanted = {"nnUNet_raw": str(raw.resolve()), "nnUNet_preprocessed": str(preprocessed.resolve()),
-              "nnUNet_n_proc_DA": "1"}
+    wanted = {
+        "nnUNet_raw": str(raw.resolve()),
+        "nnUNet_preprocessed": str(preprocessed.resolve()),
+        "nnUNet_n_proc_DA": "1",
+    }
     before = {key: os.environ.get(key) for key in wanted}
     os.environ.update(wanted)
     try:
@@ -167,10 +192,17 @@ def _classification_view(dataset: RawDataset, folder: Path) -> Path:
             write_segmentation(volume, body_mask(volume.data[0]), label)
         listing[identifier] = {"images": [str(path.resolve()) for path in case.images], "label": str(label.resolve())}
     labels = dataset.labels if all(case.label for case in dataset.train.values()) else {"background": 0, "body": 1}
-    write_json(target / "dataset.json", {
-        "channel_names": {str(i): name for i, name in enumerate(dataset.channel_names)}, "labels": labels,
-        "classification_labels": {name: i for i, name in enumerate(dataset.class_names or ())},
-        "numTraining": len(dataset.train), "file_ending": dataset.file_ending, "dataset": listing})
+    write_json(
+        target / "dataset.json",
+        {
+            "channel_names": {str(i): name for i, name in enumerate(dataset.channel_names)},
+            "labels": labels,
+            "classification_labels": {name: i for i, name in enumerate(dataset.class_names or ())},
+            "numTraining": len(dataset.train),
+            "file_ending": dataset.file_ending,
+            "dataset": listing,
+        },
+    )
     return raw
 
 

@@ -19,8 +19,9 @@ from fedcmt.plans import ClientPlan
 from fedcmt.volume import read_volume
 
 
-def score_client(workspace: Workspace, name: str, plan: ClientPlan, inference: InferenceConfig,
-                 device: str) -> dict[str, Any]:
+def score_client(
+    workspace: Workspace, name: str, plan: ClientPlan, inference: InferenceConfig, device: str
+) -> dict[str, Any]:
     """Predict a client's test cases with its best model and score them where the truth is known.
 
     Without test cases the validation cases are scored; ``score_kind`` says which, and whether they were trained on.
@@ -29,15 +30,23 @@ def score_client(workspace: Workspace, name: str, plan: ClientPlan, inference: I
         The client's entry of ``results.json``.
     """
     cases, kind = _held_out(plan)
-    predictor = Predictor.from_workspace(workspace.path, name, device=device, mirroring=inference.mirroring,
-                                         tile_step_size=inference.tile_step_size)
+    predictor = Predictor.from_workspace(
+        workspace.path, name, device=device, mirroring=inference.mirroring, tile_step_size=inference.tile_step_size
+    )
     folder = workspace.predictions(name)
     predictions = predictor.predict_files({key: case.images for key, case in cases.items()}, folder)
     facts = read_tensors(workspace.client(name).best)[1]
     modality, channels = plan.group.rsplit("-", 1)
-    entry = {"client": name, "group": plan.group, "task": plan.task, "dataset": plan.dataset.name,
-             "modality": modality, "num_channels": int(channels), "score_kind": kind,
-             "model": {key: facts[key] for key in ("round", "stage", "score")}}
+    entry = {
+        "client": name,
+        "group": plan.group,
+        "task": plan.task,
+        "dataset": plan.dataset.name,
+        "modality": modality,
+        "num_channels": int(channels),
+        "score_kind": kind,
+        "model": {key: facts[key] for key in ("round", "stage", "score")},
+    }
     scored = _classification if plan.task == "classification" else _segmentation
     return _without_nan(entry | scored(plan, cases, predictions, folder.relative_to(workspace.path), workspace.path))
 
@@ -49,8 +58,9 @@ def _held_out(plan: ClientPlan) -> tuple[Mapping[str, Case], str]:
     return cases, "training-site" if plan.validates_on_training else "validation"
 
 
-def _segmentation(plan: ClientPlan, cases: Mapping[str, Case], predictions: Mapping[str, Prediction], folder: Path,
-                  workspace: Path) -> dict[str, Any]:
+def _segmentation(
+    plan: ClientPlan, cases: Mapping[str, Case], predictions: Mapping[str, Prediction], folder: Path, workspace: Path
+) -> dict[str, Any]:
     labels = {name: label for name, label in plan.dataset.labels.items() if name not in ("background", "ignore")}
     rows: list[dict[str, Any]] = []
     for identifier in predictions:
@@ -59,13 +69,27 @@ def _segmentation(plan: ClientPlan, cases: Mapping[str, Case], predictions: Mapp
         scores: dict[str, dict[str, float]] = {}
         if case.label is not None:
             truth = read_volume(case.label)
-            scores = segmentation_scores(_labels(workspace / written), truth.data[0].astype(np.int32), labels,
-                                         ignore_label=plan.dataset.ignore_label, spacing=truth.spacing)
-        rows.append({"case": identifier, "images": [str(path.resolve()) for path in case.images],
-                     "prediction": str(written), "truth": None if case.label is None else str(case.label.resolve()),
-                     "scores": scores})
-    return {"labels": {name: list(v) if isinstance(v, tuple) else v for name, v in labels.items()}, "cases": rows,
-            "mean": _mean_scores([row["scores"] for row in rows if row["scores"]])}
+            scores = segmentation_scores(
+                _labels(workspace / written),
+                truth.data[0].astype(np.int32),
+                labels,
+                ignore_label=plan.dataset.ignore_label,
+                spacing=truth.spacing,
+            )
+        rows.append(
+            {
+                "case": identifier,
+                "images": [str(path.resolve()) for path in case.images],
+                "prediction": str(written),
+                "truth": None if case.label is None else str(case.label.resolve()),
+                "scores": scores,
+            }
+        )
+    return {
+        "labels": {name: list(v) if isinstance(v, tuple) else v for name, v in labels.items()},
+        "cases": rows,
+        "mean": _mean_scores([row["scores"] for row in rows if row["scores"]]),
+    }
 
 
 def _labels(path: Path) -> np.ndarray:
@@ -84,8 +108,9 @@ def _mean_scores(rows: list[dict[str, dict[str, float]]]) -> dict[str, dict[str,
     return means
 
 
-def _classification(plan: ClientPlan, cases: Mapping[str, Case], predictions: Mapping[str, Prediction], folder: Path,
-                    workspace: Path) -> dict[str, Any]:
+def _classification(
+    plan: ClientPlan, cases: Mapping[str, Case], predictions: Mapping[str, Prediction], folder: Path, workspace: Path
+) -> dict[str, Any]:
     names = plan.dataset.class_names or ()
     rows, known, chances = [], [], []
     for identifier, prediction in predictions.items():
@@ -94,9 +119,15 @@ def _classification(plan: ClientPlan, cases: Mapping[str, Case], predictions: Ma
         if truth is not None:
             known.append(truth)
             chances.append(p)
-        rows.append({"case": identifier, "images": [str(path.resolve()) for path in cases[identifier].images],
-                     "truth": None if truth is None else names[truth], "prediction": names[int(p.argmax())],
-                     "probabilities": {name: float(value) for name, value in zip(names, p, strict=True)}})
+        rows.append(
+            {
+                "case": identifier,
+                "images": [str(path.resolve()) for path in cases[identifier].images],
+                "truth": None if truth is None else names[truth],
+                "prediction": names[int(p.argmax())],
+                "probabilities": {name: float(value) for name, value in zip(names, p, strict=True)},
+            }
+        )
     mean = classification_scores(np.stack(chances), np.asarray(known)) if known else {}
     return {"class_names": list(names), "cases": rows, "mean": mean}
 

@@ -37,8 +37,16 @@ class Server:
         InputError: A client has another topology.
     """
 
-    def __init__(self, strategy: Strategy, contract: TopologyContract, clients: Sequence[ClientDescription], *,
-                 seed: int, device: torch.device, backend: ops.Backend = "auto") -> None:
+    def __init__(
+        self,
+        strategy: Strategy,
+        contract: TopologyContract,
+        clients: Sequence[ClientDescription],
+        *,
+        seed: int,
+        device: torch.device,
+        backend: ops.Backend = "auto",
+    ) -> None:
         self._strategy, self._topology, self._device, self._backend = strategy, contract.digest(), device, backend
         self._clients = {client.name: client for client in clients}
         self._keys = {client.name: strategy.adaptor_key(client) for client in clients}
@@ -46,8 +54,10 @@ class Server:
         for client in clients:
             self._check(client, layout)
         channels = {self._keys[client.name]: client.channels for client in clients}
-        self._adaptors = {key: _initial_part(contract, count, "adaptor", seed, f"adaptor {key}", device)[0]
-                          for key, count in sorted(channels.items())}
+        self._adaptors = {
+            key: _initial_part(contract, count, "adaptor", seed, f"adaptor {key}", device)[0]
+            for key, count in sorted(channels.items())
+        }
         self._momentum = torch.zeros_like(self._encoder) if strategy.server_momentum > 0 else None
         self.round_index = 0  # the last finished round
         self._begun = 0
@@ -57,9 +67,13 @@ class Server:
 
     def _check(self, client: ClientDescription, layout: FlatLayout) -> None:
         if client.topology != self._topology or client.encoder_layout != layout.digest():
-            raise InputError(f"its network differs from the federation's: expected topology {self._topology[:12]}, "
-                             f"got {client.topology[:12]}", client=client.name, field="topology",
-                             fix="give every client the federation's topology")
+            raise InputError(
+                f"its network differs from the federation's: expected topology {self._topology[:12]}, "
+                f"got {client.topology[:12]}",
+                client=client.name,
+                field="topology",
+                fix="give every client the federation's topology",
+            )
 
     def begin(self, round_index: int) -> None:
         """Open a round.
@@ -129,17 +143,32 @@ class Server:
         return line | {"seconds": time.perf_counter() - self._started}
 
     def _summary(self, updates: Sequence[ClientUpdate]) -> dict[str, Any]:
-        return {"kind": "server", "round": self._begun, "strategy": self._strategy.name,
-                "clients": [update.client for update in updates], "weights": None, "cosines": None, "step_norm": None,
-                "groups": {}, "refused": dict(self._refused)}
+        return {
+            "kind": "server",
+            "round": self._begun,
+            "strategy": self._strategy.name,
+            "clients": [update.client for update in updates],
+            "weights": None,
+            "cosines": None,
+            "step_norm": None,
+            "groups": {},
+            "refused": dict(self._refused),
+        }
 
     def _step(self, updates: Sequence[ClientUpdate]) -> dict[str, Any]:
         deltas = [update.encoder for update in updates]
         num_cases = torch.tensor([update.num_cases for update in updates])
         gram = ops.gramian(deltas, backend=self._backend).cpu()
         weights = self._strategy.weights(gram, num_cases)
-        stats = ops.server_step(self._encoder, self._momentum, deltas, weights, backend=self._backend,
-                                lr=self._strategy.server_learning_rate, beta=self._strategy.server_momentum)
+        stats = ops.server_step(
+            self._encoder,
+            self._momentum,
+            deltas,
+            weights,
+            backend=self._backend,
+            lr=self._strategy.server_learning_rate,
+            beta=self._strategy.server_momentum,
+        )
         if stats.nonfinite:
             raise RuntimeError(f"round {self._begun}: {stats.nonfinite} values of the combined step are not finite")
         groups = self._step_adaptors(updates)
@@ -151,19 +180,26 @@ class Server:
             groups.setdefault(self._keys[update.client], []).append(update)
         for key, members in groups.items():
             share = by_cases(torch.tensor([member.num_cases for member in members]))
-            ops.server_step(self._adaptors[key], None, [member.adaptor for member in members], share, lr=1.0,
-                            backend=self._backend)
+            ops.server_step(
+                self._adaptors[key], None, [member.adaptor for member in members], share, lr=1.0, backend=self._backend
+            )
         return {key: [member.client for member in members] for key, members in groups.items()}
 
     def _tensors(self) -> dict[str, Tensor]:
         momentum = {} if self._momentum is None else {"momentum": self._momentum}
-        return {"encoder": self._encoder, **momentum,
-                **{f"adaptor.{key}": adaptor for key, adaptor in self._adaptors.items()}}
+        return {
+            "encoder": self._encoder,
+            **momentum,
+            **{f"adaptor.{key}": adaptor for key, adaptor in self._adaptors.items()},
+        }
 
     def save(self, path: Path) -> None:
         """Write the state after the last finished round, atomically."""
-        write_tensors(path, self._tensors(), {"round": self.round_index, "topology": self._topology,
-                                              "strategy": self._strategy.name})
+        write_tensors(
+            path,
+            self._tensors(),
+            {"round": self.round_index, "topology": self._topology, "strategy": self._strategy.name},
+        )
 
     def restore(self, path: Path) -> None:
         """Continue from a saved state.
@@ -173,8 +209,11 @@ class Server:
         """
         tensors, facts = read_tensors(path)
         if facts["topology"] != self._topology:
-            raise InputError(f"{path} holds a federation of another topology", field="topology",
-                             fix="use another workspace, or --fresh to start over")
+            raise InputError(
+                f"{path} holds a federation of another topology",
+                field="topology",
+                fix="use another workspace, or --fresh to start over",
+            )
         copy_into(self._tensors(), {name: t.to(self._device) for name, t in tensors.items()}, source=path)
         self.round_index = self._begun = facts["round"]
 
@@ -186,8 +225,9 @@ def cosines(gram: Tensor) -> list[list[float | None]]:
     return [[float(value) if torch.isfinite(value) else None for value in row] for row in table]
 
 
-def _initial_part(contract: TopologyContract, channels: int, part: Part, seed: int, purpose: str,
-                  device: torch.device) -> tuple[Tensor, FlatLayout]:
+def _initial_part(
+    contract: TopologyContract, channels: int, part: Part, seed: int, purpose: str, device: torch.device
+) -> tuple[Tensor, FlatLayout]:
     with seeded(derive_seed(seed, purpose=f"initial {purpose}")):
         network = build_network(contract.architecture("segmentation"), channels, 2)
     parameters = parameters_of(network, part)

@@ -41,12 +41,17 @@ class Trainer:
         adaptor: The adaptor's, `[A]`.
     """
 
-    def __init__(self, plan: ClientPlan, training: TrainingConfig, *, client: str, seed: int, rounds: int,
-                 device: torch.device) -> None:
+    def __init__(
+        self, plan: ClientPlan, training: TrainingConfig, *, client: str, seed: int, rounds: int, device: torch.device
+    ) -> None:
         self._training, self._client, self._seed, self._rounds, self._device = training, client, seed, rounds, device
         with seeded(derive_seed(seed, client=client, purpose="initialisation")):
-            network = build_network(plan.architecture, len(plan.dataset.channel_names), plan.num_heads,
-                                    deep_supervision=training.deep_supervision)
+            network = build_network(
+                plan.architecture,
+                len(plan.dataset.channel_names),
+                plan.num_heads,
+                deep_supervision=training.deep_supervision,
+            )
         self.network = network.to(device).to(memory_format=torch.channels_last_3d)
         self.encoder, self.encoder_layout = self._share("encoder")
         self.adaptor, self.adaptor_layout = self._share("adaptor")
@@ -63,8 +68,13 @@ class Trainer:
     def _new_optimizer(self) -> torch.optim.Optimizer:
         settings, parameters = self._training, list(self.network.parameters())
         if settings.optimizer == "sgd":
-            return torch.optim.SGD(parameters, settings.learning_rate, momentum=settings.momentum,
-                                   weight_decay=settings.weight_decay, nesterov=settings.momentum > 0)
+            return torch.optim.SGD(
+                parameters,
+                settings.learning_rate,
+                momentum=settings.momentum,
+                weight_decay=settings.weight_decay,
+                nesterov=settings.momentum > 0,
+            )
         return torch.optim.AdamW(parameters, settings.learning_rate, weight_decay=settings.weight_decay)
 
     def _learning_rate(self, round_index: int) -> float:
@@ -99,7 +109,8 @@ class Trainer:
                 if not math.isfinite(loss):
                     raise FloatingPointError(
                         f"client '{self._client}', round {round_index}, step {step}: loss {loss}; lower "
-                        f"training.learning_rate or look at the images of {', '.join(map(str, batch['keys']))}")
+                        f"training.learning_rate or look at the images of {', '.join(map(str, batch['keys']))}"
+                    )
                 total += loss
                 on_step(step, loss)
         return FitResult(steps, total / steps, rate, time.perf_counter() - started, waited)

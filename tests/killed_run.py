@@ -26,6 +26,7 @@ def kill_in_training(round_index: int, client: str) -> None:
             on_step(step, loss)
             if (now, self._client, step) == (round_index, client, 2):
                 die()
+
         return fit(self, now, steps, check)
 
     Trainer.fit = watched
@@ -39,7 +40,7 @@ def kill_in_write(name: str) -> None:
         if str(path).endswith(name):
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path.with_name(f".{path.name}.part"), "wb") as file:
-                file.write(content[:len(content) // 2])
+                file.write(content[: len(content) // 2])
                 file.flush()
                 fsync(file.fileno())
             die()

@@ -18,8 +18,18 @@ def ellipsoid(shape: Sequence[int], center: Sequence[float], radii: Sequence[flo
     return sum(((g - c) / r) ** 2 for g, c, r in zip(grid, center, radii, strict=True)) < 1
 
 
-def write_case(folder: Path, case: str, seed: int, *, modality: str, channels: int, shape: Sequence[int],
-               has_label: bool, split: str, bright: bool = True) -> None:
+def write_case(
+    folder: Path,
+    case: str,
+    seed: int,
+    *,
+    modality: str,
+    channels: int,
+    shape: Sequence[int],
+    has_label: bool,
+    split: str,
+    bright: bool = True,
+) -> None:
     """One scan: body, organ (label 1) and lesion (label 2) inside it; arrays are x, y, z."""
     rng = np.random.default_rng(seed)
     body = ellipsoid(shape, np.array(shape) / 2, np.array(shape) * 0.45)
@@ -38,16 +48,35 @@ def write_case(folder: Path, case: str, seed: int, *, modality: str, channels: i
         nibabel.save(nibabel.Nifti1Image(labels, AFFINE), file)
 
 
-def write_dataset(raw: Path, name: str, *, modality: str, channels: int = 1, train: int = 2, test: int = 1,
-                  shape: Sequence[int] = (28, 30, 20), regions: bool = False, ignore: bool = False,
-                  classification: bool = False) -> Path:
+def write_dataset(
+    raw: Path,
+    name: str,
+    *,
+    modality: str,
+    channels: int = 1,
+    train: int = 2,
+    test: int = 1,
+    shape: Sequence[int] = (28, 30, 20),
+    regions: bool = False,
+    ignore: bool = False,
+    classification: bool = False,
+) -> Path:
     """A raw dataset of phantom scans."""
     folder, seed = raw / name, sum(map(ord, name))
     rows, total = ["identifier,label,split"], train + test
     for index in range(total):
         split = "Tr" if index < train else "Ts"
-        write_case(folder, f"case_{index:02d}", seed + index, modality=modality, channels=channels, shape=shape,
-                   has_label=not classification, split=split, bright=not classification or index % 2 == 1)
+        write_case(
+            folder,
+            f"case_{index:02d}",
+            seed + index,
+            modality=modality,
+            channels=channels,
+            shape=shape,
+            has_label=not classification,
+            split=split,
+            bright=not classification or index % 2 == 1,
+        )
         rows.append(f"case_{index:02d},{index % 2},{'train' if split == 'Tr' else 'test'}")
     labels: dict[str, object] = {"background": 0, "organ": 1, "lesion": 2}
     document: dict[str, object] = {"numTraining": train, "file_ending": ".nii.gz"}
@@ -77,6 +106,17 @@ def federation(raw: Path, preprocessed: Path, workspace: Path, **changes: object
         {"name": "mr_two", "dataset": 803, "modality": "MR", "channels": 2, "patch_size": [16, 16, 16]},
         {"name": "mr_class", "dataset": 804, "modality": "MR", "task": "classification"},
     ]
-    return {"name": "phantoms", "seed": 3, "rounds": 2, "threads": 1, "raw": str(raw),
-            "preprocessed": str(preprocessed), "workspace": str(workspace), "topology": TINY_TOPOLOGY,
-            "training": TINY_TRAINING, "inference": {"mirroring": False}, "clients": clients, **changes}
+    return {
+        "name": "phantoms",
+        "seed": 3,
+        "rounds": 2,
+        "threads": 1,
+        "raw": str(raw),
+        "preprocessed": str(preprocessed),
+        "workspace": str(workspace),
+        "topology": TINY_TOPOLOGY,
+        "training": TINY_TRAINING,
+        "inference": {"mirroring": False},
+        "clients": clients,
+        **changes,
+    }

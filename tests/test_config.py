@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from fedcmt.config import FederationConfig, StrategyConfig, dump_config, load_config
 from fedcmt.errors import InputError
 
@@ -28,32 +29,42 @@ def test_resolved_config_reads_back_equal() -> None:
 
 
 def test_overrides_reach_every_level() -> None:
-    config = load_config({**FEDERATION, "strategy": "fedavg"},
-                         ["rounds=7", "training.learning_rate=0.1", "clients.ct_a.local_steps=3",
-                          "clients.0.fold=all", "strategy.server_momentum=0.5"])
+    config = load_config(
+        {**FEDERATION, "strategy": "fedavg"},
+        [
+            "rounds=7",
+            "training.learning_rate=0.1",
+            "clients.ct_a.local_steps=3",
+            "clients.0.fold=all",
+            "strategy.server_momentum=0.5",
+        ],
+    )
     assert (config.rounds, config.training.learning_rate) == (7, 0.1)
     assert (config.clients[0].local_steps, config.clients[0].fold) == (3, "all")
     assert config.strategy == StrategyConfig(name="fedavg", server_momentum=0.5)
 
 
-@pytest.mark.parametrize(("change", "parts"), [
-    ({"rouds": 3}, ["'rouds'", "did you mean 'rounds'"]),
-    ({"training": {"local_step": 3}}, ["training.local_step", "did you mean 'local_steps'"]),
-    ({"clients": [{**CLIENT, "pach_size": [1, 1, 1]}]}, ["client 'ct_a'", "did you mean 'patch_size'"]),
-    ({"rounds": -1}, ["rounds", "-1"]),
-    ({"rounds": "many"}, ["rounds", "many"]),
-    ({"clients": []}, ["clients"]),
-    ({"clients": [CLIENT, {**CLIENT, "name": "CT_A"}]}, ["distinct names", "ct_a"]),
-    ({"clients": [{**CLIENT, "name": "../x"}]}, ["../x", "letters"]),
-    ({"clients": [{**CLIENT, "name": "a\0b"}]}, ["letters"]),
-    ({"clients": [{**CLIENT, "name": "a" * 300}]}, ["1 to 64"]),
-    ({"clients": [{**CLIENT, "patch_size": [16, 16]}]}, ["client 'ct_a'", "patch_size"]),
-    ({"name": "a/b"}, ["name", "letters"]),
-    ({"device": "tpu"}, ["device", "tpu"]),
-    ({"topology": {"features": [8, 16, 32], "strides": [[1, 1, 1]]}}, ["strides", "3", "found 1"]),
-    ({"topology": {"features": [8, 16, 32], "kernel_sizes": [[2, 3, 3]] * 3}}, ["kernel_sizes", "odd"]),
-    ({"topology": {"features": [8, 16]}}, ["features"]),
-])
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"rouds": 3}, ["'rouds'", "did you mean 'rounds'"]),
+        ({"training": {"local_step": 3}}, ["training.local_step", "did you mean 'local_steps'"]),
+        ({"clients": [{**CLIENT, "pach_size": [1, 1, 1]}]}, ["client 'ct_a'", "did you mean 'patch_size'"]),
+        ({"rounds": -1}, ["rounds", "-1"]),
+        ({"rounds": "many"}, ["rounds", "many"]),
+        ({"clients": []}, ["clients"]),
+        ({"clients": [CLIENT, {**CLIENT, "name": "CT_A"}]}, ["distinct names", "ct_a"]),
+        ({"clients": [{**CLIENT, "name": "../x"}]}, ["../x", "letters"]),
+        ({"clients": [{**CLIENT, "name": "a\0b"}]}, ["letters"]),
+        ({"clients": [{**CLIENT, "name": "a" * 300}]}, ["1 to 64"]),
+        ({"clients": [{**CLIENT, "patch_size": [16, 16]}]}, ["client 'ct_a'", "patch_size"]),
+        ({"name": "a/b"}, ["name", "letters"]),
+        ({"device": "tpu"}, ["device", "tpu"]),
+        ({"topology": {"features": [8, 16, 32], "strides": [[1, 1, 1]]}}, ["strides", "3", "found 1"]),
+        ({"topology": {"features": [8, 16, 32], "kernel_sizes": [[2, 3, 3]] * 3}}, ["kernel_sizes", "odd"]),
+        ({"topology": {"features": [8, 16]}}, ["features"]),
+    ],
+)
 def test_a_mistake_is_one_line_with_the_field(change: dict, parts: list[str]) -> None:
     with pytest.raises(InputError) as caught:
         load_config({**FEDERATION, **change})

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from phantoms import federation, write_dataset
+
 from fedcmt import run_federation
 from fedcmt.errors import InputError
 from fedcmt.files import read_tensors
-from phantoms import federation, write_dataset
 
 NAMES = ["ct_plain", "ct_regions", "mr_two", "mr_class"]
 
@@ -37,8 +38,16 @@ def test_workspace_holds_the_contract(finished: Path) -> None:
         assert (finished / path).is_file(), path
     assert list((finished / "tensorboard").glob("events*"))
     for name in NAMES:
-        for file in ("best.safetensors", "last.safetensors", "decoder.safetensors", "plans.json", "dataset.json",
-                     "model/plans.json", "model/dataset.json", "model/fold_0/checkpoint_final.pth"):
+        for file in (
+            "best.safetensors",
+            "last.safetensors",
+            "decoder.safetensors",
+            "plans.json",
+            "dataset.json",
+            "model/plans.json",
+            "model/dataset.json",
+            "model/fold_0/checkpoint_final.pth",
+        ):
             assert (finished / "clients" / name / file).is_file(), (name, file)
     assert (finished / "predictions" / "ct_plain" / "case_02.nii.gz").is_file()
     assert (finished / "predictions" / "mr_class" / "predictions.csv").is_file()
@@ -75,8 +84,9 @@ def test_saved_best_model_really_has_its_score(finished: Path, raw_datasets: Pat
     config = load_config(federation(raw_datasets, preprocessed, finished))
     plans = prepare_clients(config)
     for name in ("ct_plain", "mr_class"):
-        trainer = Trainer(plans[name], config.training, client=name, seed=config.seed, rounds=2,
-                          device=torch.device("cpu"))
+        trainer = Trainer(
+            plans[name], config.training, client=name, seed=config.seed, rounds=2, device=torch.device("cpu")
+        )
         path = finished / "clients" / name / "best.safetensors"
         tensors, facts = read_tensors(path)
         copy_into(trainer.model(), tensors, source=path)
@@ -108,8 +118,9 @@ def test_running_again_changes_nothing(finished: Path, raw_datasets: Path, prepr
     assert (states_of(finished), metrics_of(finished)) == before
 
 
-def test_killed_anywhere_it_ends_bit_identical(finished: Path, raw_datasets: Path, preprocessed: Path,
-                                               tmp_path: Path) -> None:
+def test_killed_anywhere_it_ends_bit_identical(
+    finished: Path, raw_datasets: Path, preprocessed: Path, tmp_path: Path
+) -> None:
     """One workspace, killed at nine points one after the other, against the undisturbed one."""
     from killed_run import POINTS
 
@@ -128,8 +139,9 @@ def test_killed_anywhere_it_ends_bit_identical(finished: Path, raw_datasets: Pat
         assert content == reference[name], name
 
 
-def test_a_damaged_newest_state_falls_back_to_the_one_before(finished: Path, raw_datasets: Path, preprocessed: Path,
-                                                             tmp_path: Path) -> None:
+def test_a_damaged_newest_state_falls_back_to_the_one_before(
+    finished: Path, raw_datasets: Path, preprocessed: Path, tmp_path: Path
+) -> None:
     workspace = tmp_path / "damaged"
     settings = federation(raw_datasets, preprocessed, workspace)
     run_federation(settings)
@@ -147,8 +159,9 @@ def test_other_strategies_run(strategy: str, raw_datasets: Path, preprocessed: P
     clients = [line for line in metrics_of(result.workspace) if line["kind"] == "client"]
     assert all(("aggregated" in line) == (strategy != "local") for line in clients)
     models = [read_tensors(result.workspace / "clients" / name / "last.safetensors")[0] for name in NAMES[:3]]
-    same = torch.equal(models[0]["encoder.stages.0.0.convs.0.conv.weight"],
-                       models[1]["encoder.stages.0.0.convs.0.conv.weight"])
+    same = torch.equal(
+        models[0]["encoder.stages.0.0.convs.0.conv.weight"], models[1]["encoder.stages.0.0.convs.0.conv.weight"]
+    )
     assert same == (strategy != "local")
 
 
@@ -156,25 +169,34 @@ def test_sgd_with_reset_and_batch_norm_runs(raw_datasets: Path, preprocessed: Pa
     settings = federation(raw_datasets, preprocessed, tmp_path / "sgd")
     settings["clients"] = settings["clients"][:1]
     settings["topology"] = {**settings["topology"], "norm": "batch"}
-    settings["training"] = {**settings["training"], "optimizer": "sgd", "optimizer_state": "reset",
-                            "learning_rate_schedule": "constant", "deep_supervision": False}
+    settings["training"] = {
+        **settings["training"],
+        "optimizer": "sgd",
+        "optimizer_state": "reset",
+        "learning_rate_schedule": "constant",
+        "deep_supervision": False,
+    }
     assert run_federation(settings).results["clients"][0]["score_kind"] == "test"
 
 
-@pytest.mark.parametrize(("path", "value", "parts"), [
-    (("clients", 0, "dataset"), 999, ["client 'ct_plain'", "999"]),
-    (("clients", 2, "channels"), 1, ["client 'mr_two'", "channels", "expected 1", "has 2"]),
-    (("clients", 0, "modality"), "MR", ["client 'ct_plain'", "modality"]),
-    (("clients", 2, "modality"), "CT", ["client 'mr_two'", "modality"]),
-    (("clients", 0, "task"), "classification", ["client 'ct_plain'", "task"]),
-    (("clients", 3, "task"), "segmentation", ["client 'mr_class'", "task"]),
-    (("clients", 0, "patch_size"), [16, 15, 16], ["client 'ct_plain'", "patch_size", "[16, 12, 16]"]),
-    (("clients", 0, "fold"), 7, ["client 'ct_plain'", "fold"]),
-    (("strategy",), "fedcmtx", ["unknown strategy"]),
-    (("device",), "cuda:99", ["device"]),
-])
-def test_a_mistake_is_one_line_and_nothing_is_written(path: tuple, value: object, parts: list[str],
-                                                      raw_datasets: Path, preprocessed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("path", "value", "parts"),
+    [
+        (("clients", 0, "dataset"), 999, ["client 'ct_plain'", "999"]),
+        (("clients", 2, "channels"), 1, ["client 'mr_two'", "channels", "expected 1", "has 2"]),
+        (("clients", 0, "modality"), "MR", ["client 'ct_plain'", "modality"]),
+        (("clients", 2, "modality"), "CT", ["client 'mr_two'", "modality"]),
+        (("clients", 0, "task"), "classification", ["client 'ct_plain'", "task"]),
+        (("clients", 3, "task"), "segmentation", ["client 'mr_class'", "task"]),
+        (("clients", 0, "patch_size"), [16, 15, 16], ["client 'ct_plain'", "patch_size", "[16, 12, 16]"]),
+        (("clients", 0, "fold"), 7, ["client 'ct_plain'", "fold"]),
+        (("strategy",), "fedcmtx", ["unknown strategy"]),
+        (("device",), "cuda:99", ["device"]),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_is_written(
+    path: tuple, value: object, parts: list[str], raw_datasets: Path, preprocessed: Path, tmp_path: Path
+) -> None:
     settings = federation(raw_datasets, preprocessed, tmp_path / "workspace")
     node = settings
     for key in path[:-1]:

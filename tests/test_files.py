@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from fedcmt.errors import InputError
 from fedcmt.files import copy_into, read_json, read_tensors, write_json, write_tensors, write_text
 
@@ -59,8 +60,10 @@ def test_damaged_json_is_one_line(tmp_path: Path, text: str) -> None:
         read_json(tmp_path / "x.json")
 
 
-@pytest.mark.parametrize("values", [
-    {"a": torch.zeros(3)}, {"a": torch.zeros(2), "b": torch.zeros(1)}, {"a": torch.zeros(2, dtype=torch.float64)}])
+@pytest.mark.parametrize(
+    "values",
+    [{"a": torch.zeros(3)}, {"a": torch.zeros(2), "b": torch.zeros(1)}, {"a": torch.zeros(2, dtype=torch.float64)}],
+)
 def test_tensors_that_do_not_fit_are_refused(tmp_path: Path, values: dict[str, torch.Tensor]) -> None:
     target = {"a": torch.ones(2)}
     with pytest.raises(InputError, match="does not fit"):

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import SimpleITK
 import torch
+from phantoms import write_case
+
 from fedcmt.checkpoint import ClientFolder, existing_client
 from fedcmt.errors import InputError
 from fedcmt.infer import Predictor, find_cases, main
 from fedcmt.volume import read_volume
-from phantoms import write_case
 
 
 def image_of(raw: Path, dataset: str, case: str = "case_02", channel: int = 0) -> Path:
@@ -43,24 +44,43 @@ def test_label_map_stands_on_the_inputs_grid_exactly(finished: Path, tmp_path: P
     image.set_qform(oblique_affine() if forms != "sform" else None, code=2 if forms != "sform" else 0)
     source = tmp_path / "oblique.nii.gz"
     nibabel.save(image, source)
-    assert main(["--workspace", str(finished), "--client", "ct_plain", "-i", str(source), "-o", str(tmp_path / "out"),
-                 "--disable-mirroring"]) == 0
+    assert (
+        main(
+            [
+                "--workspace",
+                str(finished),
+                "--client",
+                "ct_plain",
+                "-i",
+                str(source),
+                "-o",
+                str(tmp_path / "out"),
+                "--disable-mirroring",
+            ]
+        )
+        == 0
+    )
     written = nibabel.load(tmp_path / "out" / "oblique.nii.gz")
     read = nibabel.load(source)
     assert np.array_equal(written.affine, read.affine)
     assert written.shape == read.shape
     assert (written.get_sform(coded=True)[1], written.get_qform(coded=True)[1]) == (
-        read.get_sform(coded=True)[1], read.get_qform(coded=True)[1])
+        read.get_sform(coded=True)[1],
+        read.get_qform(coded=True)[1],
+    )
     ours, theirs = SimpleITK.ReadImage(str(tmp_path / "out" / "oblique.nii.gz")), SimpleITK.ReadImage(str(source))
     for geometry in ("GetSpacing", "GetOrigin", "GetDirection", "GetSize"):
         assert getattr(ours, geometry)() == getattr(theirs, geometry)()
 
 
-@pytest.mark.parametrize(("client", "dataset"), [
-    ("ct_plain", "Dataset801_Plain"), ("ct_regions", "Dataset802_Regions"), ("mr_two", "Dataset803_TwoChannels")])
+@pytest.mark.parametrize(
+    ("client", "dataset"),
+    [("ct_plain", "Dataset801_Plain"), ("ct_regions", "Dataset802_Regions"), ("mr_two", "Dataset803_TwoChannels")],
+)
 @pytest.mark.parametrize("mirroring", [False, True])
-def test_labels_equal_stock_nnunet(finished: Path, raw_datasets: Path, tmp_path: Path, client: str, dataset: str,
-                                   mirroring: bool) -> None:
+def test_labels_equal_stock_nnunet(
+    finished: Path, raw_datasets: Path, tmp_path: Path, client: str, dataset: str, mirroring: bool
+) -> None:
     """Stock nnU-Net reads the exported folder, preprocesses, predicts and writes by itself."""
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
@@ -77,16 +97,32 @@ def test_labels_equal_stock_nnunet(finished: Path, raw_datasets: Path, tmp_path:
 
 
 def test_exported_checkpoint_loads_without_pickle(finished: Path) -> None:
-    checkpoint = torch.load(finished / "clients" / "ct_plain" / "model" / "fold_0" / "checkpoint_final.pth",
-                            weights_only=True)
+    checkpoint = torch.load(
+        finished / "clients" / "ct_plain" / "model" / "fold_0" / "checkpoint_final.pth", weights_only=True
+    )
     assert set(checkpoint) == {"network_weights", "trainer_name", "init_args", "inference_allowed_mirroring_axes"}
 
 
-def test_probabilities_are_a_distribution_and_agree_with_the_labels(finished: Path, raw_datasets: Path,
-                                                                    tmp_path: Path) -> None:
-    assert main(["--workspace", str(finished), "--client", "ct_plain", "-i",
-                 str(image_of(raw_datasets, "Dataset801_Plain")), "-o", str(tmp_path), "--save-probabilities",
-                 "--disable-mirroring"]) == 0
+def test_probabilities_are_a_distribution_and_agree_with_the_labels(
+    finished: Path, raw_datasets: Path, tmp_path: Path
+) -> None:
+    assert (
+        main(
+            [
+                "--workspace",
+                str(finished),
+                "--client",
+                "ct_plain",
+                "-i",
+                str(image_of(raw_datasets, "Dataset801_Plain")),
+                "-o",
+                str(tmp_path),
+                "--save-probabilities",
+                "--disable-mirroring",
+            ]
+        )
+        == 0
+    )
     probabilities = np.load(tmp_path / "case_02.npz")["probabilities"]
     labels = read_volume(tmp_path / "case_02.nii.gz").data[0]
     assert np.allclose(probabilities.sum(0), 1, atol=1e-3)
@@ -95,14 +131,31 @@ def test_probabilities_are_a_distribution_and_agree_with_the_labels(finished: Pa
 
 def test_mirroring_changes_probabilities(finished: Path, raw_datasets: Path) -> None:
     volume = read_volume(image_of(raw_datasets, "Dataset801_Plain"))
-    plain, mirrored = (Predictor.from_workspace(finished, "ct_plain", mirroring=mirroring)
-                       .predict_case(volume, probabilities=True).probabilities for mirroring in (False, True))
+    plain, mirrored = (
+        Predictor.from_workspace(finished, "ct_plain", mirroring=mirroring)
+        .predict_case(volume, probabilities=True)
+        .probabilities
+        for mirroring in (False, True)
+    )
     assert not np.allclose(plain, mirrored, atol=1e-3)
 
 
 def test_classification_writes_a_table(finished: Path, raw_datasets: Path, tmp_path: Path) -> None:
-    assert main(["--workspace", str(finished), "--client", "mr_class", "-i",
-                 str(raw_datasets / "Dataset804_Classes" / "imagesTs"), "-o", str(tmp_path)]) == 0
+    assert (
+        main(
+            [
+                "--workspace",
+                str(finished),
+                "--client",
+                "mr_class",
+                "-i",
+                str(raw_datasets / "Dataset804_Classes" / "imagesTs"),
+                "-o",
+                str(tmp_path),
+            ]
+        )
+        == 0
+    )
     rows = list(csv.DictReader((tmp_path / "predictions.csv").read_text().splitlines()))
     assert [row["identifier"] for row in rows] == ["case_04", "case_05"]
     for row in rows:
@@ -119,24 +172,51 @@ def test_a_case_smaller_than_the_patch_is_predicted(finished: Path, tmp_path: Pa
 
 
 def test_module_runs_as_a_command(finished: Path, raw_datasets: Path, tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-m", "fedcmt.infer", "--workspace", finished, "--client", "mr_two", "-i",
-                           raw_datasets / "Dataset803_TwoChannels" / "imagesTs", "-o", tmp_path / "out", "--device",
-                           "cpu", "--disable-mirroring"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "fedcmt.infer",
+            "--workspace",
+            finished,
+            "--client",
+            "mr_two",
+            "-i",
+            raw_datasets / "Dataset803_TwoChannels" / "imagesTs",
+            "-o",
+            tmp_path / "out",
+            "--device",
+            "cpu",
+            "--disable-mirroring",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "out" / "case_02.nii.gz").is_file()
 
 
-@pytest.mark.parametrize(("client", "source", "parts"), [
-    ("nobody", None, ["client 'nobody'", "ct_plain"]),
-    ("../ct_plain", None, ["no such client"]),
-    ("ct_plain", "none.nii.gz", ["does not exist"]),
-    ("mr_two", "alone_0000.nii.gz", ["case 'alone'", "alone_0001.nii.gz is missing"]),
-    ("mr_two", "named.nii.gz", ["case 'named'", "found 1 channel, expected 2"]),
-    ("ct_plain", "broken.nii.gz", ["case 'broken'"]),
-])
-def test_a_mistake_is_one_line_and_exit_code_2(finished: Path, raw_datasets: Path, tmp_path: Path, client: str,
-                                               source: str | None, parts: list[str],
-                                               capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("client", "source", "parts"),
+    [
+        ("nobody", None, ["client 'nobody'", "ct_plain"]),
+        ("../ct_plain", None, ["no such client"]),
+        ("ct_plain", "none.nii.gz", ["does not exist"]),
+        ("mr_two", "alone_0000.nii.gz", ["case 'alone'", "alone_0001.nii.gz is missing"]),
+        ("mr_two", "named.nii.gz", ["case 'named'", "found 1 channel, expected 2"]),
+        ("ct_plain", "broken.nii.gz", ["case 'broken'"]),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    finished: Path,
+    raw_datasets: Path,
+    tmp_path: Path,
+    client: str,
+    source: str | None,
+    parts: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     path = image_of(raw_datasets, "Dataset801_Plain") if source is None else tmp_path / source
     if source == "broken.nii.gz":
         path.write_bytes(image_of(raw_datasets, "Dataset801_Plain").read_bytes()[:500])

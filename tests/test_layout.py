@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fedcmt.layout import FlatLayout
 from torch import nn
+
+from fedcmt.layout import FlatLayout
 
 
 def make_module() -> nn.Module:
@@ -50,7 +51,8 @@ def test_gaps_hold_zeros() -> None:
     layout = FlatLayout.of(module.named_parameters())
     flat = layout.bind(dict(module.named_parameters()), torch.device("cpu"))
     assert float(flat.double().abs().sum()) == pytest.approx(
-        sum(float(p.detach().double().abs().sum()) for p in module.parameters()), rel=1e-12)
+        sum(float(p.detach().double().abs().sum()) for p in module.parameters()), rel=1e-12
+    )
 
 
 def test_digest_tells_layouts_apart() -> None:

@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
+from torch import nn
+
 from fedcmt.config import TopologyConfig
 from fedcmt.network import LSE_SHARPNESS, PooledHead, build_network, parameters_of
 from fedcmt.plans import TopologyContract
-from torch import nn
 
 CONTRACT = TopologyContract.of(TopologyConfig(features=[4, 8, 16], adaptor_width=6))
 
@@ -77,7 +78,10 @@ def test_plans_cannot_name_foreign_classes() -> None:
 
 def test_contract_digest_ignores_the_personal_decoder() -> None:
     base = TopologyConfig(features=[4, 8, 16])
-    assert (TopologyContract.of(base).digest()
-            == TopologyContract.of(base.model_copy(update={"decoder_convs_per_stage": 2})).digest())
-    assert TopologyContract.of(base).digest() != TopologyContract.of(
-        base.model_copy(update={"adaptor_width": 8})).digest()
+    assert (
+        TopologyContract.of(base).digest()
+        == TopologyContract.of(base.model_copy(update={"decoder_convs_per_stage": 2})).digest()
+    )
+    assert (
+        TopologyContract.of(base).digest() != TopologyContract.of(base.model_copy(update={"adaptor_width": 8})).digest()
+    )

@@ -8,12 +8,13 @@ from pathlib import Path
 import blosc2
 import numpy as np
 import pytest
+from phantoms import write_dataset
+
 from fedcmt.config import ClientConfig, TopologyConfig
 from fedcmt.dataset import load_dataset
 from fedcmt.errors import InputError
 from fedcmt.plans import ClientPlan, TopologyContract, contract_digest, make_splits, prepare_client
 from fedcmt.preprocessing import body_mask
-from phantoms import write_dataset
 
 CONTRACT = TopologyContract.of(TopologyConfig(features=[4, 8, 16], adaptor_width=4))
 
@@ -33,8 +34,9 @@ def test_contract_goes_into_the_plan_and_the_rest_stays_nnunets(raw_datasets: Pa
     assert np.all(np.asarray(ours["patch_size"]) % CONTRACT.divisor == 0)
 
 
-def test_preprocessed_cases_equal_nnunets_own(raw_datasets: Path, preprocessed: Path, tmp_path: Path,
-                                              monkeypatch: pytest.MonkeyPatch) -> None:
+def test_preprocessed_cases_equal_nnunets_own(
+    raw_datasets: Path, preprocessed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from nnunetv2.experiment_planning.plan_and_preprocess_api import (
         extract_fingerprints,
         plan_experiments,
@@ -126,5 +128,5 @@ def test_body_mask_is_one_solid_part() -> None:
     image[4:6, 4:6, 4:6] = 0  # air inside
     image[11, 11, 11] = 100  # a speck outside
     mask = body_mask(image)
-    assert mask.sum() == 7 ** 3
+    assert mask.sum() == 7**3
     assert body_mask(np.ones((4, 4, 4))).all()

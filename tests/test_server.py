@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from fedcmt import strategies
 from fedcmt.config import StrategyConfig, TopologyConfig
 from fedcmt.errors import InputError
@@ -27,27 +28,41 @@ def layout_digest() -> str:
 
 def clients() -> list[ClientDescription]:
     common = {"topology": CONTRACT.digest(), "encoder_layout": layout_digest(), "task": "segmentation"}
-    return [ClientDescription(name="ct_a", modality="CT", channels=1, num_cases=3, **common),
-            ClientDescription(name="ct_b", modality="CT", channels=1, num_cases=1, **common),
-            ClientDescription(name="mr_a", modality="MR", channels=2, num_cases=4, **common)]
+    return [
+        ClientDescription(name="ct_a", modality="CT", channels=1, num_cases=3, **common),
+        ClientDescription(name="ct_b", modality="CT", channels=1, num_cases=1, **common),
+        ClientDescription(name="mr_a", modality="MR", channels=2, num_cases=4, **common),
+    ]
 
 
 def make_server(strategy: str = "fedcmt", **settings: float) -> Server:
-    return Server(strategies.create(StrategyConfig(name=strategy, **settings)), CONTRACT, clients(), seed=1,
-                  device=torch.device("cpu"))
+    return Server(
+        strategies.create(StrategyConfig(name=strategy, **settings)),
+        CONTRACT,
+        clients(),
+        seed=1,
+        device=torch.device("cpu"),
+    )
 
 
 def update_for(server: Server, client: str, seed: int, round_index: int = 1) -> ClientUpdate:
     outgoing = server.outgoing(client)
     generator = torch.Generator().manual_seed(seed)
     cases = {c.name: c.num_cases for c in clients()}[client]
-    return ClientUpdate(client, round_index, cases, torch.randn(outgoing.encoder.shape, generator=generator),
-                        torch.randn(outgoing.adaptor.shape, generator=generator))
+    return ClientUpdate(
+        client,
+        round_index,
+        cases,
+        torch.randn(outgoing.encoder.shape, generator=generator),
+        torch.randn(outgoing.adaptor.shape, generator=generator),
+    )
 
 
 def state(server: Server) -> dict[str, torch.Tensor]:
     sent = {client.name: server.outgoing(client.name) for client in clients()}
-    return {f"{name}.{part}": getattr(out, part).clone() for name, out in sent.items() for part in ("encoder", "adaptor")}
+    return {
+        f"{name}.{part}": getattr(out, part).clone() for name, out in sent.items() for part in ("encoder", "adaptor")
+    }
 
 
 def test_a_round_makes_the_conflict_averse_step_and_averages_adaptors_in_groups() -> None:
@@ -95,15 +110,18 @@ def test_momentum_carries_over() -> None:
     assert torch.allclose(server.outgoing("ct_a").encoder, start + 1.25 * delta, atol=1e-5)
 
 
-@pytest.mark.parametrize(("spoil", "reason"), [
-    (lambda u: replace(u, round_index=4), "round 4 in round 1"),
-    (lambda u: replace(u, client="stranger"), "not a client"),
-    (lambda u: replace(u, encoder=u.encoder[:-1]), "expected"),
-    (lambda u: replace(u, encoder=u.encoder.double()), "float64"),
-    (lambda u: replace(u, adaptor=u.adaptor[:3]), "adaptor"),
-    (lambda u: replace(u, encoder=u.encoder.index_fill(0, torch.tensor([5]), float("nan"))), "not finite"),
-    (lambda u: replace(u, adaptor=u.adaptor.index_fill(0, torch.tensor([0]), float("inf"))), "not finite"),
-])
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda u: replace(u, round_index=4), "round 4 in round 1"),
+        (lambda u: replace(u, client="stranger"), "not a client"),
+        (lambda u: replace(u, encoder=u.encoder[:-1]), "expected"),
+        (lambda u: replace(u, encoder=u.encoder.double()), "float64"),
+        (lambda u: replace(u, adaptor=u.adaptor[:3]), "adaptor"),
+        (lambda u: replace(u, encoder=u.encoder.index_fill(0, torch.tensor([5]), float("nan"))), "not finite"),
+        (lambda u: replace(u, adaptor=u.adaptor.index_fill(0, torch.tensor([0]), float("inf"))), "not finite"),
+    ],
+)
 def test_unfit_updates_are_refused_by_name_and_change_nothing(spoil, reason: str) -> None:
     server = make_server()
     server.begin(1)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
 from fedcmt import strategies
 from fedcmt.config import StrategyConfig
 from fedcmt.errors import InputError
 from fedcmt.exchange import ClientDescription
 from fedcmt.strategies.conflict_averse import cagrad_weights
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
 
 
 def updates_of(seed: int, count: int, dim: int = 40) -> Tensor:
@@ -32,13 +33,19 @@ def test_names() -> None:
     assert strategies.names() == ["fedavg", "fedcmt", "local"]
 
 
-@pytest.mark.parametrize(("config", "parts"), [
-    ({"name": "fedcmtt"}, ["unknown strategy", "did you mean 'fedcmt'"]),
-    ({"name": "nothing"}, ["unknown strategy", "fedavg, fedcmt, local"]),
-    ({"name": "fedcmt", "conflict_aversoin": 0.3}, ["strategy.conflict_aversoin", "did you mean 'conflict_aversion'"]),
-    ({"name": "fedcmt", "conflict_aversion": 1.5}, ["strategy.conflict_aversion", "1.5"]),
-    ({"name": "local", "server_momentum": 0.5}, ["unknown key 'server_momentum'"]),
-])
+@pytest.mark.parametrize(
+    ("config", "parts"),
+    [
+        ({"name": "fedcmtt"}, ["unknown strategy", "did you mean 'fedcmt'"]),
+        ({"name": "nothing"}, ["unknown strategy", "fedavg, fedcmt, local"]),
+        (
+            {"name": "fedcmt", "conflict_aversoin": 0.3},
+            ["strategy.conflict_aversoin", "did you mean 'conflict_aversion'"],
+        ),
+        ({"name": "fedcmt", "conflict_aversion": 1.5}, ["strategy.conflict_aversion", "1.5"]),
+        ({"name": "local", "server_momentum": 0.5}, ["unknown key 'server_momentum'"]),
+    ],
+)
 def test_wrong_strategy_settings_are_refused(config: dict, parts: list[str]) -> None:
     with pytest.raises(InputError) as caught:
         strategies.create(StrategyConfig(**config))

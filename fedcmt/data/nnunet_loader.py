@@ -51,10 +51,16 @@ class NnunetRules(nnUNetTrainer):
         rotation, flat, initial_size, mirror_axes = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         patch_size, labels = self.configuration_manager.patch_size, self.label_manager
         transforms = self.get_training_transforms(
-            patch_size, rotation, self._get_deep_supervision_scales(), mirror_axes, flat,
+            patch_size,
+            rotation,
+            self._get_deep_supervision_scales(),
+            mirror_axes,
+            flat,
             use_mask_for_norm=self.configuration_manager.use_mask_for_norm,
             foreground_labels=labels.foreground_labels,
-            regions=labels.foreground_regions if labels.has_regions else None, ignore_label=labels.ignore_label)
+            regions=labels.foreground_regions if labels.has_regions else None,
+            ignore_label=labels.ignore_label,
+        )
         _fix_algorithms(transforms)
         return self._loader(folder, cases, initial_size, transforms, oversample_foreground)
 
@@ -62,15 +68,30 @@ class NnunetRules(nnUNetTrainer):
         """Patches as they are."""
         labels = self.label_manager
         transforms = self.get_validation_transforms(
-            self._get_deep_supervision_scales(), foreground_labels=labels.foreground_labels,
-            regions=labels.foreground_regions if labels.has_regions else None, ignore_label=labels.ignore_label)
+            self._get_deep_supervision_scales(),
+            foreground_labels=labels.foreground_labels,
+            regions=labels.foreground_regions if labels.has_regions else None,
+            ignore_label=labels.ignore_label,
+        )
         return self._loader(folder, cases, self.configuration_manager.patch_size, transforms, oversample_foreground)
 
-    def _loader(self, folder: str, cases: Sequence[str], size: Sequence[int], transforms: BasicTransform,
-                oversample_foreground: float) -> nnUNetDataLoader:
-        return nnUNetDataLoader(nnUNetDatasetBlosc2(folder, list(cases)), self.configuration_manager.batch_size, size,
-                                self.configuration_manager.patch_size, self.label_manager,
-                                oversample_foreground_percent=oversample_foreground, transforms=transforms)
+    def _loader(
+        self,
+        folder: str,
+        cases: Sequence[str],
+        size: Sequence[int],
+        transforms: BasicTransform,
+        oversample_foreground: float,
+    ) -> nnUNetDataLoader:
+        return nnUNetDataLoader(
+            nnUNetDatasetBlosc2(folder, list(cases)),
+            self.configuration_manager.batch_size,
+            size,
+            self.configuration_manager.patch_size,
+            self.label_manager,
+            oversample_foreground_percent=oversample_foreground,
+            transforms=transforms,
+        )
 
 
 def next_batch(loader: nnUNetDataLoader) -> dict[str, Any]:

@@ -29,7 +29,10 @@ def create(config: StrategyConfig) -> Strategy:
     """
     if config.name not in _STRATEGIES:
         close = difflib.get_close_matches(config.name, names(), n=1)
-        raise InputError(f"unknown strategy '{config.name}'", field="strategy",
-                         fix=(f"did you mean '{close[0]}'? " if close else "") + f"use one of {', '.join(names())}")
+        raise InputError(
+            f"unknown strategy '{config.name}'",
+            field="strategy",
+            fix=(f"did you mean '{close[0]}'? " if close else "") + f"use one of {', '.join(names())}",
+        )
     strategy = _STRATEGIES[config.name]
     return strategy(validated(strategy.settings_model, config.settings(), "strategy"))

@@ -41,9 +41,15 @@ def cagrad_weights(gram: Tensor, weights: Tensor, c: float) -> Tensor:
         length = np.sqrt(max(x @ gx, 1e-18))
         return x @ gw + radius * length, gw + radius * gx / length
 
-    result = minimize(dual, w, jac=True, bounds=[(0.0, 1.0)] * count, method="SLSQP",
-                      constraints={"type": "eq", "fun": lambda x: x.sum() - 1.0, "jac": lambda x: np.ones_like(x)},
-                      options={"ftol": 1e-14, "maxiter": 1000})
+    result = minimize(
+        dual,
+        w,
+        jac=True,
+        bounds=[(0.0, 1.0)] * count,
+        method="SLSQP",
+        constraints={"type": "eq", "fun": lambda x: x.sum() - 1.0, "jac": lambda x: np.ones_like(x)},
+        options={"ftol": 1e-14, "maxiter": 1000},
+    )
     x = np.clip(result.x, 0.0, None)
     x /= x.sum()
     length = np.sqrt(max(x @ g @ x, 0.0))

@@ -16,7 +16,8 @@ class FedAvgSettings(ServerSettings):
     """Settings of federated averaging."""
 
     adaptors: Literal["channels", "group"] = Field(
-        "channels", description="who shares an adaptor: equal number of channels, or equal modality as well")
+        "channels", description="who shares an adaptor: equal number of channels, or equal modality as well"
+    )
 
 
 class FedAvg(Strategy):

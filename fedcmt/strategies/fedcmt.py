@@ -16,7 +16,8 @@ class FedCMTSettings(ServerSettings):
     """Settings of FedCMT."""
 
     conflict_aversion: float = Field(
-        0.4, ge=0, lt=1, description="c: how far, relative to the mean update, the step may leave it")
+        0.4, ge=0, lt=1, description="c: how far, relative to the mean update, the step may leave it"
+    )
 
 
 class FedCMT(Strategy):
