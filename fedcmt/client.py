@@ -155,5 +155,5 @@ class Client:
         path = self._folder.state(round_index)
         tensors, facts = read_tensors(path)
         self._trainer.restore(tensors, source=path)
-        self._best = None if facts["best"] is None else Validation(**facts["best"])
+        self._best = None if facts["best"] is None else Validation.from_json(facts["best"])
         self._best_facts = facts["best_facts"]

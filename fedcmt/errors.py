@@ -1,4 +1,4 @@
-"""The one error type for a user's mistake, always a single line."""
+"""Errors that end a command with a single line: a user's mistake, and a run that cannot go on."""
 
 from __future__ import annotations
 
@@ -56,6 +56,13 @@ class InputError(ValueError):
     def __reduce__(self) -> tuple[object, ...]:
         # Worker processes send their errors back; the default would lose the keyword parts.
         return (_rebuild, (self.message, self.client, self.case, self.field, self.fix))
+
+
+class RunError(RuntimeError):
+    """A run cannot go on though nobody made a mistake: a loss that is no number, a round without updates.
+
+    The command line prints ``str(error)`` and exits with code 1. Finished rounds are kept.
+    """
 
 
 def _rebuild(message: str, client: str | None, case: str | None, field: str | None, fix: str | None) -> InputError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,11 +30,21 @@ class Validation:
 
     def better_than(self, other: Validation | None) -> bool:
         """Compare scores, then losses: few cases make equal scores likely."""
-        return other is None or (self.score, -self.loss) > (other.score, -other.loss)
+
+        def rank(result: Validation) -> tuple[float, float]:
+            return result.score, -result.loss if math.isfinite(result.loss) else -math.inf
+
+        return other is None or rank(self) > rank(other)
 
     def as_json(self) -> dict[str, Any]:
-        """For ``metrics.jsonl``."""
-        return {"metric": self.metric, "score": self.score, "loss": self.loss, "classes": self.classes}
+        """For ``metrics.jsonl``; a loss that is no number becomes null."""
+        loss = self.loss if math.isfinite(self.loss) else None
+        return {"metric": self.metric, "score": self.score, "loss": loss, "classes": self.classes}
+
+    @classmethod
+    def from_json(cls, entry: dict[str, Any]) -> Validation:
+        """What :meth:`as_json` was made from."""
+        return cls(**entry | {"loss": math.nan if entry["loss"] is None else entry["loss"]})
 
 
 class Objective(Protocol):

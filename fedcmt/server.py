@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedcmt import ops
-from fedcmt.errors import InputError
+from fedcmt.errors import InputError, RunError
 from fedcmt.exchange import ClientDescription, ClientUpdate, Outgoing
 from fedcmt.files import copy_into, read_tensors, write_tensors
 from fedcmt.layout import FlatLayout
@@ -128,13 +128,13 @@ class Server:
             The server's line of ``metrics.jsonl``.
 
         Raises:
-            RuntimeError: No update was accepted.
+            RunError: No update was accepted.
         """
         # The order of the clients' names, whatever order the updates arrived in.
         updates = [self._accepted[name] for name in sorted(self._accepted)]
         if not updates:
             refusals = "; ".join(f"{name}: {reason}" for name, reason in self._refused.items())
-            raise RuntimeError(f"round {self._begun}: no update was accepted ({refusals})")
+            raise RunError(f"round {self._begun}: no update was accepted ({refusals})")
         line = self._summary(updates)
         if self._strategy.federated:
             line |= self._step(updates)
@@ -170,7 +170,7 @@ class Server:
             beta=self._strategy.server_momentum,
         )
         if stats.nonfinite:
-            raise RuntimeError(f"round {self._begun}: {stats.nonfinite} values of the combined step are not finite")
+            raise RunError(f"round {self._begun}: {stats.nonfinite} values of the combined step are not finite")
         groups = self._step_adaptors(updates)
         return {"weights": weights.tolist(), "cosines": cosines(gram), "step_norm": stats.norm, "groups": groups}
 

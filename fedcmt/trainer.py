@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedcmt.config import TrainingConfig
+from fedcmt.errors import RunError
 from fedcmt.files import copy_into
 from fedcmt.layout import FlatLayout
 from fedcmt.network import Part, build_network, parameters_of
@@ -91,7 +92,7 @@ class Trainer:
             on_step: Called with step (from 1) and loss.
 
         Raises:
-            FloatingPointError: The loss is no finite number.
+            RunError: The loss is no finite number.
         """
         started, waited, total = time.perf_counter(), 0.0, 0.0
         if self._training.optimizer_state == "reset":
@@ -107,7 +108,7 @@ class Trainer:
                 waited += time.perf_counter() - asked
                 loss = self._step(batch)
                 if not math.isfinite(loss):
-                    raise FloatingPointError(
+                    raise RunError(
                         f"client '{self._client}', round {round_index}, step {step}: loss {loss}; lower "
                         f"training.learning_rate or look at the images of {', '.join(map(str, batch['keys']))}"
                     )

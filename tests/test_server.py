@@ -10,7 +10,7 @@ import torch
 
 from fedcmt import strategies
 from fedcmt.config import StrategyConfig, TopologyConfig
-from fedcmt.errors import InputError
+from fedcmt.errors import InputError, RunError
 from fedcmt.exchange import ClientDescription, ClientUpdate
 from fedcmt.layout import FlatLayout
 from fedcmt.network import build_network, parameters_of
@@ -150,7 +150,7 @@ def test_a_round_without_updates_is_no_success() -> None:
     server = make_server()
     server.begin(1)
     server.accept(replace(update_for(server, "ct_a", 1), round_index=9))
-    with pytest.raises(RuntimeError, match="no update was accepted"):
+    with pytest.raises(RunError, match="no update was accepted"):
         server.finish()
 
 

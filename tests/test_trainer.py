@@ -10,7 +10,7 @@ import torch
 from phantoms import federation
 
 from fedcmt.config import TrainingConfig, load_config
-from fedcmt.errors import InputError
+from fedcmt.errors import InputError, RunError
 from fedcmt.federation import prepare_clients
 from fedcmt.objective import Validation
 from fedcmt.plans import ClientPlan
@@ -83,7 +83,7 @@ def test_learning_rate_follows_the_rounds(plans: dict[str, ClientPlan]) -> None:
 def test_a_diverging_loss_names_client_and_cases(plans: dict[str, ClientPlan]) -> None:
     each = trainer(plans["ct_plain"])
     each.encoder.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match=r"client 'site', round 3, step 1: loss nan.*case_"):
+    with pytest.raises(RunError, match=r"client 'site', round 3, step 1: loss nan.*case_"):
         each.fit(3, 1, quiet)
 
 
@@ -110,3 +110,12 @@ def test_seeds_differ_in_every_part_and_generators_are_put_back() -> None:
     with seeded(1):
         torch.randn(10)
     assert torch.equal(torch.randn(2), expected)
+
+
+def test_a_loss_that_is_no_number_ranks_last_and_survives_json() -> None:
+    broken, sound = Validation("dice", 0.5, float("nan"), {}), Validation("dice", 0.5, 3.0, {})
+    assert sound.better_than(broken)
+    assert not broken.better_than(sound)
+    assert broken.as_json()["loss"] is None
+    assert not Validation.from_json(broken.as_json()).better_than(broken)
+    assert Validation.from_json(sound.as_json()) == sound
