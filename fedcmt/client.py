@@ -88,6 +88,7 @@ class Client:
             "client": self.name,
             "group": self.plan.group,
             "task": self.plan.task,
+            "validated_on": "training cases" if self.plan.validates_on_training else "held-out cases",
             "num_cases": len(self.plan.train),
             "local_steps": fitted.steps,
             "train_loss": fitted.loss,

@@ -218,6 +218,7 @@ def _client_section(workspace: Path, run: Run, name: str) -> dict[str, Any]:
         "num_cases": last.get("num_cases"),
         "rounds_used": sum(_status(run, name, index)[0] == "used" for index in run.rounds),
         "best": last.get("best"),
+        "validated_on": last.get("validated_on"),
         "score_kind": kind,
         "score_meaning": meaning,
         "scored_cases": len(result.get("cases", [])),
