@@ -38,6 +38,7 @@ class CMakeBuild(build_ext):
     """Builds fedcmt._C through CMake and Ninja."""
 
     def build_extension(self, ext: Extension) -> None:
+        """Configures and builds into the place setuptools expects."""
         import pybind11
 
         source = Path(__file__).resolve().parent

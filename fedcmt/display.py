@@ -222,10 +222,12 @@ class PlainDisplay:
             self._write(text)
 
     def round_started(self, round_index: int, clients: Sequence[str]) -> None:
+        """A round begins with these clients."""
         with self._lock:
             self._pace.start_round(round_index, clients)
 
     def step(self, client: str, step: int, steps: int, loss: float) -> None:
+        """A client made a step of local training."""
         with self._lock:
             self._pace.step(client, step, steps)
             if self._pace.clock() - self._last_line < SECONDS_BETWEEN_STEP_LINES:
@@ -235,6 +237,7 @@ class PlainDisplay:
             self._write(self._client_line(client, f"step {step}/{steps}  loss {_number(loss)}{tail}"))
 
     def client_finished(self, line: Mapping[str, Any]) -> None:
+        """A client's line of metrics.jsonl is complete."""
         with self._lock:
             self._write(self._client_line(line["client"], client_text(line)))
 
@@ -296,6 +299,7 @@ class LiveDisplay:
         self.console.print(Text(text), soft_wrap=True)
 
     def round_started(self, round_index: int, clients: Sequence[str]) -> None:
+        """A round begins with these clients."""
         with self._lock:
             self._pace.start_round(round_index, clients)
             for name in clients:
@@ -304,6 +308,7 @@ class LiveDisplay:
                 row.state = "waiting" if name in clients else "not in this round"
 
     def step(self, client: str, step: int, steps: int, loss: float) -> None:
+        """A client made a step of local training."""
         with self._lock:
             self._pace.step(client, step, steps)
             row = self._rows.setdefault(client, _Row())
@@ -311,6 +316,7 @@ class LiveDisplay:
             row.loss = _number(loss)
 
     def client_finished(self, line: Mapping[str, Any]) -> None:
+        """A client's line of metrics.jsonl is complete."""
         with self._lock:
             row = self._rows.setdefault(line["client"], _Row())
             row.state = "done" if line.get("participated", True) else "did not take part"

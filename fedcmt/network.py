@@ -21,40 +21,51 @@ Part = Literal["adaptor", "encoder", "decoder"]
 LSE_SHARPNESS = 5.0
 
 
-class _AdaptedEncoder(nn.Module):
-    """Adaptor and encoder: input `[B, C, D, H, W]` -> one feature map a stage, finest first."""
+class AdaptedEncoder(nn.Module):
+    """Adaptor and encoder, the two parts that clients share.
+
+    Args:
+        input_channels: Channels of the client's images.
+        n_stages: Resolutions, the first one that of the input.
+        features_per_stage: Channels of each.
+        kernel_sizes: `[d, h, w]` of each.
+        strides: `[d, h, w]` of each stage's first convolution.
+        n_conv_per_stage: Convolutions of each.
+        adaptor_width: Channels between adaptor and encoder.
+        conv_op: Convolution; the adaptor is one of the first stage's kernel size.
+        conv_bias: Whether convolutions have a bias.
+        norm_op: Normalisation after each.
+        norm_op_kwargs: Its arguments.
+        nonlin: Non-linearity after each.
+        nonlin_kwargs: Its arguments.
+    """
 
     def __init__(
         self,
         input_channels: int,
+        *,
         n_stages: int,
         features_per_stage: Sequence[int],
-        conv_op: type[nn.Module],
         kernel_sizes: Sequence[Sequence[int]],
         strides: Sequence[Sequence[int]],
         n_conv_per_stage: Sequence[int],
-        conv_bias: bool,
-        norm_op: type[nn.Module] | None,
-        norm_op_kwargs: dict[str, Any] | None,
-        nonlin: type[nn.Module] | None,
-        nonlin_kwargs: dict[str, Any] | None,
-        adaptor_width: int,
+        adaptor_width: int = 32,
+        conv_op: type[nn.Module],
+        conv_bias: bool = True,
+        norm_op: type[nn.Module] | None = None,
+        norm_op_kwargs: dict[str, Any] | None = None,
+        nonlin: type[nn.Module] | None = None,
+        nonlin_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.adaptor = ConvDropoutNormReLU(
-            conv_op,
-            input_channels,
-            adaptor_width,
-            kernel_sizes[0],
-            1,
-            conv_bias,
-            norm_op,
-            norm_op_kwargs,
-            None,
-            None,
-            nonlin,
-            nonlin_kwargs,
-        )
+        block: dict[str, Any] = {
+            "conv_bias": conv_bias,
+            "norm_op": norm_op,
+            "norm_op_kwargs": norm_op_kwargs,
+            "nonlin": nonlin,
+            "nonlin_kwargs": nonlin_kwargs,
+        }
+        self.adaptor = ConvDropoutNormReLU(conv_op, input_channels, adaptor_width, kernel_sizes[0], 1, **block)
         self.encoder = PlainConvEncoder(
             adaptor_width,
             n_stages,
@@ -63,14 +74,8 @@ class _AdaptedEncoder(nn.Module):
             kernel_sizes,
             strides,
             n_conv_per_stage,
-            conv_bias,
-            norm_op,
-            norm_op_kwargs,
-            None,
-            None,
-            nonlin,
-            nonlin_kwargs,
             return_skips=True,
+            **block,
         )
 
     @staticmethod
@@ -79,53 +84,33 @@ class _AdaptedEncoder(nn.Module):
         InitWeights_He(1e-2)(module)
 
 
-class FedCMTNet(_AdaptedEncoder):
+class FedCMTNet(AdaptedEncoder):
     """Segmentation: adaptor, encoder, U-Net decoder.
 
-    ``forward``: `[B, C, D, H, W]` -> logits `[B, K, D, H, W]`, with deep supervision a list, finest first.
+    Args:
+        input_channels: Channels of the client's images.
+        num_classes: Labels with background, or regions.
+        n_conv_per_stage_decoder: Convolutions of each decoder stage.
+        deep_supervision: Return the logits of every decoder stage.
+        topology: As of :class:`AdaptedEncoder`.
     """
 
     def __init__(
         self,
         input_channels: int,
         num_classes: int,
-        n_stages: int,
-        features_per_stage: Sequence[int],
-        conv_op: type[nn.Module],
-        kernel_sizes: Sequence[Sequence[int]],
-        strides: Sequence[Sequence[int]],
-        n_conv_per_stage: Sequence[int],
         n_conv_per_stage_decoder: Sequence[int],
-        conv_bias: bool = True,
-        norm_op: type[nn.Module] | None = None,
-        norm_op_kwargs: dict[str, Any] | None = None,
-        nonlin: type[nn.Module] | None = None,
-        nonlin_kwargs: dict[str, Any] | None = None,
         deep_supervision: bool = False,
-        adaptor_width: int = 32,
+        **topology: Any,
     ) -> None:
-        super().__init__(
-            input_channels,
-            n_stages,
-            features_per_stage,
-            conv_op,
-            kernel_sizes,
-            strides,
-            n_conv_per_stage,
-            conv_bias,
-            norm_op,
-            norm_op_kwargs,
-            nonlin,
-            nonlin_kwargs,
-            adaptor_width,
-        )
+        super().__init__(input_channels, **topology)
         self.decoder = UNetDecoder(self.encoder, num_classes, n_conv_per_stage_decoder, deep_supervision)
         # The decoder keeps a second path to the encoder, which it never calls; with it a state dict holds every
         # encoder weight twice, and loading a partly updated one silently restores the old values.
         del self.decoder.encoder
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """Logits of a batch `[B, C, D, H, W]`."""
+        """A batch `[B, C, D, H, W]` -> logits `[B, K, D, H, W]`; with deep supervision a list, finest first."""
         return self.decoder(self.encoder(self.adaptor(x)))
 
 
@@ -148,45 +133,21 @@ class PooledHead(nn.Module):
         return (torch.logsumexp(LSE_SHARPNESS * scores, 2) - math.log(scores.shape[2])) / LSE_SHARPNESS
 
 
-class FedCMTClassifier(_AdaptedEncoder):
-    """Classification: adaptor, encoder, pooled head. ``forward``: `[B, C, D, H, W]` -> class scores `[B, K]`."""
+class FedCMTClassifier(AdaptedEncoder):
+    """Classification: adaptor, encoder, pooled head.
 
-    def __init__(
-        self,
-        input_channels: int,
-        num_classes: int,
-        n_stages: int,
-        features_per_stage: Sequence[int],
-        conv_op: type[nn.Module],
-        kernel_sizes: Sequence[Sequence[int]],
-        strides: Sequence[Sequence[int]],
-        n_conv_per_stage: Sequence[int],
-        conv_bias: bool = True,
-        norm_op: type[nn.Module] | None = None,
-        norm_op_kwargs: dict[str, Any] | None = None,
-        nonlin: type[nn.Module] | None = None,
-        nonlin_kwargs: dict[str, Any] | None = None,
-        adaptor_width: int = 32,
-    ) -> None:
-        super().__init__(
-            input_channels,
-            n_stages,
-            features_per_stage,
-            conv_op,
-            kernel_sizes,
-            strides,
-            n_conv_per_stage,
-            conv_bias,
-            norm_op,
-            norm_op_kwargs,
-            nonlin,
-            nonlin_kwargs,
-            adaptor_width,
-        )
-        self.decoder = PooledHead(conv_op, features_per_stage[-1], num_classes)
+    Args:
+        input_channels: Channels of the client's images.
+        num_classes: Classes.
+        topology: As of :class:`AdaptedEncoder`.
+    """
+
+    def __init__(self, input_channels: int, num_classes: int, **topology: Any) -> None:
+        super().__init__(input_channels, **topology)
+        self.decoder = PooledHead(topology["conv_op"], topology["features_per_stage"][-1], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Class scores of a batch `[B, C, D, H, W]`."""
+        """A batch `[B, C, D, H, W]` -> class scores `[B, K]`."""
         return self.decoder(self.encoder(self.adaptor(x))[-1])
 
 
@@ -225,7 +186,7 @@ def build_network(
     if _CLASSES[name] is FedCMTNet:
         kwargs["deep_supervision"] = deep_supervision
     network = _CLASSES[name](input_channels=input_channels, num_classes=num_classes, **kwargs)
-    network.apply(_AdaptedEncoder.initialize)
+    network.apply(AdaptedEncoder.initialize)
     return network
 
 

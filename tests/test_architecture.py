@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from graphlib import CycleError, TopologicalSorter
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "fedcmt"
@@ -50,7 +50,4 @@ def test_imports_go_down() -> None:
 def test_no_circles() -> None:
     known = modules()
     graph = {name: imports_of(path, set(known)) - {name} for name, path in known.items()}
-    try:
-        TopologicalSorter(graph).prepare()
-    except CycleError as error:
-        raise AssertionError(error.args[1]) from None
+    assert len(list(TopologicalSorter(graph).static_order())) == len(known)  # raises CycleError, naming the circle

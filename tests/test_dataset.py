@@ -165,7 +165,7 @@ def test_dataset_json_faults(folder: Path, fault: str) -> None:
 )  # fmt: skip
 def test_dataset_json_that_cannot_be_read(folder: Path, content: bytes) -> None:
     (folder / "dataset.json").write_bytes(content)
-    complaint(lambda: load(folder))
+    assert complaint(lambda: load(folder))
     (folder / "dataset.json").unlink()
     assert complaint(lambda: load(folder)).field == "dataset.json"
 
@@ -199,7 +199,7 @@ IMAGES = ["imagesTr/case_1_0000.nii.gz", "imagesTr/case_1_0001.nii.gz"]
 )  # fmt: skip
 def test_file_list_faults(folder: Path, entries: Any) -> None:
     edit(folder, dataset=entries, numTraining=1)
-    complaint(lambda: load(folder))
+    assert complaint(lambda: load(folder))
 
 
 def remove(*names: str) -> Callable[[Path], None]:

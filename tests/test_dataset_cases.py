@@ -121,7 +121,7 @@ def test_csv_that_is_no_text(folder: Path) -> None:
     make_classification(folder)
     for content in (b"\xff\xfe\x00\x01", b"identifier,label\ncase\x00_1,healthy\n"):
         (folder / "cls_data.csv").write_bytes(content)
-        complaint(lambda: load(folder))
+        assert complaint(lambda: load(folder))
 
 
 # Images

@@ -38,7 +38,7 @@ def test_documented_defaults_are_the_real_ones() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_configs_are_valid(path: Path) -> None:
     config = load_config(path)
-    strategies.create(config.strategy)
+    assert strategies.create(config.strategy).name == config.strategy.name
 
 
 def test_the_readmes_config_is_valid() -> None:

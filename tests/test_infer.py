@@ -25,6 +25,12 @@ def image_of(raw: Path, dataset: str, case: str = "case_02", channel: int = 0) -
     return raw / dataset / "imagesTs" / f"{case}_{channel:04d}.nii.gz"
 
 
+def run(workspace: Path, client: str, source: Path, output: Path, *flags: str) -> int:
+    """The command, in this process."""
+    arguments = ["--workspace", str(workspace), "--client", client, "-i", str(source), "-o", str(output)]
+    return main([*arguments, *flags])
+
+
 def oblique_affine() -> np.ndarray:
     """Rotated about two axes, one axis flipped, three different spacings."""
     a, b = 0.3, -0.2
@@ -44,22 +50,7 @@ def test_label_map_stands_on_the_inputs_grid_exactly(finished: Path, tmp_path: P
     image.set_qform(oblique_affine() if forms != "sform" else None, code=2 if forms != "sform" else 0)
     source = tmp_path / "oblique.nii.gz"
     nibabel.save(image, source)
-    assert (
-        main(
-            [
-                "--workspace",
-                str(finished),
-                "--client",
-                "ct_plain",
-                "-i",
-                str(source),
-                "-o",
-                str(tmp_path / "out"),
-                "--disable-mirroring",
-            ]
-        )
-        == 0
-    )
+    assert run(finished, "ct_plain", source, tmp_path / "out", "--disable-mirroring") == 0
     written = nibabel.load(tmp_path / "out" / "oblique.nii.gz")
     read = nibabel.load(source)
     assert np.array_equal(written.affine, read.affine)
@@ -107,19 +98,13 @@ def test_probabilities_are_a_distribution_and_agree_with_the_labels(
     finished: Path, raw_datasets: Path, tmp_path: Path
 ) -> None:
     assert (
-        main(
-            [
-                "--workspace",
-                str(finished),
-                "--client",
-                "ct_plain",
-                "-i",
-                str(image_of(raw_datasets, "Dataset801_Plain")),
-                "-o",
-                str(tmp_path),
-                "--save-probabilities",
-                "--disable-mirroring",
-            ]
+        run(
+            finished,
+            "ct_plain",
+            image_of(raw_datasets, "Dataset801_Plain"),
+            tmp_path,
+            "--save-probabilities",
+            "--disable-mirroring",
         )
         == 0
     )
@@ -141,21 +126,7 @@ def test_mirroring_changes_probabilities(finished: Path, raw_datasets: Path) -> 
 
 
 def test_classification_writes_a_table(finished: Path, raw_datasets: Path, tmp_path: Path) -> None:
-    assert (
-        main(
-            [
-                "--workspace",
-                str(finished),
-                "--client",
-                "mr_class",
-                "-i",
-                str(raw_datasets / "Dataset804_Classes" / "imagesTs"),
-                "-o",
-                str(tmp_path),
-            ]
-        )
-        == 0
-    )
+    assert run(finished, "mr_class", raw_datasets / "Dataset804_Classes" / "imagesTs", tmp_path) == 0
     rows = list(csv.DictReader((tmp_path / "predictions.csv").read_text().splitlines()))
     assert [row["identifier"] for row in rows] == ["case_04", "case_05"]
     for row in rows:
@@ -167,7 +138,7 @@ def test_classification_writes_a_table(finished: Path, raw_datasets: Path, tmp_p
 def test_a_case_smaller_than_the_patch_is_predicted(finished: Path, tmp_path: Path) -> None:
     write_case(tmp_path, "small", 0, modality="CT", channels=1, shape=(9, 20, 7), has_label=False, split="Ts")
     source = tmp_path / "imagesTs" / "small_0000.nii.gz"
-    assert main(["--workspace", str(finished), "--client", "ct_plain", "-i", str(source), "-o", str(tmp_path)]) == 0
+    assert run(finished, "ct_plain", source, tmp_path) == 0
     assert nibabel.load(tmp_path / "small.nii.gz").shape == (9, 20, 7)
 
 
@@ -222,7 +193,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
         path.write_bytes(image_of(raw_datasets, "Dataset801_Plain").read_bytes()[:500])
     elif source and source != "none.nii.gz":
         path.write_bytes(image_of(raw_datasets, "Dataset801_Plain").read_bytes())
-    code = main(["--workspace", str(finished), "--client", client, "-i", str(path), "-o", str(tmp_path / "out")])
+    code = run(finished, client, path, tmp_path / "out")
     lines = capsys.readouterr().err.strip().splitlines()
     assert code == 2
     assert len(lines) == 1

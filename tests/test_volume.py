@@ -254,7 +254,7 @@ def test_header_fault_is_one_line_with_the_file(tmp_path: Path, fault: str, comp
         content = path.read_bytes()
         path = tmp_path / "bad.nii.gz"
         path.write_bytes(gzip.compress(content))
-    expect_one_line(path, field)
+    assert expect_one_line(path, field)
 
 
 def expect_one_line(path: Path, field: str | None = None) -> str:
@@ -273,15 +273,15 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path, value: float) ->
     data = voxels_xyz("float32")
     data[1, 2, 3] = value
     nib.Nifti1Image(data, np.eye(4)).to_filename(tmp_path / "bad.nii.gz")
-    expect_one_line(tmp_path / "bad.nii.gz", "voxels")
+    assert expect_one_line(tmp_path / "bad.nii.gz", "voxels")
     image = sitk.GetImageFromArray(data)
     sitk.WriteImage(image, str(tmp_path / "bad.nrrd"))
-    expect_one_line(tmp_path / "bad.nrrd", "voxels")
+    assert expect_one_line(tmp_path / "bad.nrrd", "voxels")
 
 
 def test_overflow_of_float32_is_refused(tmp_path: Path) -> None:
     nib.Nifti1Image(np.full((3, 3, 3), 1e300), np.eye(4)).to_filename(tmp_path / "bad.nii.gz")
-    expect_one_line(tmp_path / "bad.nii.gz", "voxels")
+    assert expect_one_line(tmp_path / "bad.nii.gz", "voxels")
 
 
 @pytest.mark.parametrize("ending", [".nii.gz", ".nii", ".nrrd", ".mha"])
@@ -294,7 +294,7 @@ def test_every_truncation_is_refused(tmp_path: Path, ending: str) -> None:
     for length in {0, 1, 2, 10, 100, len(content) // 2, len(content) - last}:
         bad = tmp_path / f"bad{ending}"
         bad.write_bytes(content[:length])
-        expect_one_line(bad)
+        assert expect_one_line(bad)
 
 
 def test_damaged_gzip_payload_is_refused(tmp_path: Path) -> None:
@@ -302,7 +302,7 @@ def test_damaged_gzip_payload_is_refused(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-6] ^= 0xFF  # the checksum
     path.write_bytes(content)
-    expect_one_line(path)
+    assert expect_one_line(path)
 
 
 def test_other_formats_refuse_what_nifti_refuses(tmp_path: Path) -> None:
@@ -320,22 +320,22 @@ def test_other_formats_refuse_what_nifti_refuses(tmp_path: Path) -> None:
     assert read_volume(tmp_path / "good.nrrd").data.shape == (1, 2, 2, 2)
     for name, fault in faults.items():
         (tmp_path / f"{name}.nrrd").write_bytes(nrrd.format(**good | fault).encode() + bytes(16))
-        expect_one_line(tmp_path / f"{name}.nrrd")
+        assert expect_one_line(tmp_path / f"{name}.nrrd")
     for name, image in {
         "4d": sitk.Image([3, 3, 3, 2], sitk.sitkInt16),
         "2d": sitk.Image([3, 3], sitk.sitkInt16),
         "vector": sitk.Image([3, 3, 3], sitk.sitkVectorFloat32, 2),
     }.items():
         sitk.WriteImage(image, str(tmp_path / f"{name}.mha"))
-        expect_one_line(tmp_path / f"{name}.mha")
+        assert expect_one_line(tmp_path / f"{name}.mha")
 
 
 def test_unknown_ending_missing_file_and_folder(tmp_path: Path) -> None:
     (tmp_path / "scan.png").write_bytes(b"x")
     (tmp_path / "folder.nii.gz").mkdir()
-    expect_one_line(tmp_path / "scan.png")
-    expect_one_line(tmp_path / "missing.nii.gz")
-    expect_one_line(tmp_path / "folder.nii.gz")
+    assert expect_one_line(tmp_path / "scan.png")
+    assert expect_one_line(tmp_path / "missing.nii.gz")
+    assert expect_one_line(tmp_path / "folder.nii.gz")
     with pytest.raises(InputError, match="no image"):
         read_volume([])
 
