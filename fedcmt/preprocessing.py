@@ -92,8 +92,16 @@ def _run_nnunet(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     extractor = DatasetFingerprintExtractor(dataset.name, num_processes=min(workers, len(dataset.train)))
     extractor.show_progress_bar = False
-    with _threads_for_processes():
-        extractor.run(overwrite_existing=True)
+    try:
+        with _threads_for_processes():
+            extractor.run(overwrite_existing=True)
+    except IndexError as error:  # nnU-Net's intensity statistics over no voxels at all
+        raise InputError(
+            f"no training case of {dataset.name} has a foreground voxel",
+            client=client,
+            field="labelsTr",
+            fix="label some",
+        ) from error
     planner = ExperimentPlanner(
         dataset.name,
         plans_name=folder.name,

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import blosc2
+import nibabel
 import numpy as np
 import pytest
 from phantoms import write_dataset
@@ -120,6 +121,15 @@ def test_a_users_splits_are_kept_and_checked(tmp_path: Path) -> None:
     path.write_text(json.dumps([{"train": ["case_02"], "val": ["case_77"]}]))
     with pytest.raises(InputError, match="unknown case 'case_77'"):
         prepare(raw, preprocessed, 832)
+
+
+def test_a_dataset_without_foreground_is_one_line(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "raw", "Dataset840_Empty", modality="CT", shape=(12, 12, 12))
+    for path in (folder / "labelsTr").iterdir():
+        image = nibabel.load(path)
+        nibabel.save(nibabel.Nifti1Image(np.zeros(image.shape, np.uint8), image.affine), path)
+    with pytest.raises(InputError, match="client 'site', field 'labelsTr': no training case"):
+        prepare(tmp_path / "raw", tmp_path / "preprocessed", 840)
 
 
 def test_body_mask_is_one_solid_part() -> None:

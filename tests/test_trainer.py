@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import nibabel
+import numpy as np
 import pytest
 import torch
-from phantoms import federation
+from phantoms import federation, write_dataset
 
 from fedcmt.config import TrainingConfig, load_config
 from fedcmt.errors import InputError, RunError
@@ -72,6 +74,26 @@ def test_it_learns_phantoms(plans: dict[str, ClientPlan], client: str, name: str
     after = each.validate()
     assert after.loss < before.loss
     assert after.classes[name] >= 0.8, (before, after)
+
+
+def test_regions_with_an_ignore_label_train_and_count_no_ignored_voxel(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "raw", "Dataset850_Partial", modality="CT", regions=True, ignore=True)
+    for path in (tmp_path / "raw" / "Dataset850_Partial" / "labelsTr").iterdir():
+        image = nibabel.load(path)
+        labels = np.asarray(image.dataobj).copy()
+        labels[: labels.shape[0] // 2] = 3
+        nibabel.save(nibabel.Nifti1Image(labels, image.affine), path)
+    settings = federation(tmp_path / "raw", tmp_path / "preprocessed", tmp_path / "none")
+    settings["clients"] = [{"name": "part", "dataset": 850, "modality": "CT", "patch_size": [16, 16, 16]}]
+    each = trainer(prepare_clients(load_config(settings))["part"])
+    each.fit(1, 2, quiet)
+    objective = each._objective
+    target = torch.zeros(1, 3, 4, 4, 4, dtype=torch.bool)  # whole, lesion, ignored
+    target[:, 0, :2] = True
+    target[:, 2, 2:] = True
+    everything = torch.full((1, 2, 4, 4, 4), 9.0)  # predicted everywhere
+    assert objective._hard_counts(everything, target).tolist() == [[32, 0], [0, 32], [0, 0]]
+    assert set(each.validate().classes) == {"whole", "lesion"}
 
 
 def test_validation_is_the_same_every_time(plans: dict[str, ClientPlan]) -> None:
