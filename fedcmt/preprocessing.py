@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from copy import deepcopy
@@ -25,7 +25,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from scipy import ndimage
 
-from fedcmt.dataset import RawDataset, check_images
+from fedcmt.dataset import Case, RawDataset, check_images
 from fedcmt.errors import InputError
 from fedcmt.files import read_json, write_json
 from fedcmt.volume import read_volume, write_segmentation
@@ -62,14 +62,19 @@ def preprocessed_plan(
     identifier = "fedcmt_" + ("planned" if spacing is None else "x".join(f"{s:g}" for s in spacing))
     target = preprocessed / dataset.name
     folder = target / (f"{identifier}_classification" if task == "classification" else identifier)
-    inputs = _fingerprint_of_inputs(dataset, task, spacing)
+    settings = [dataset.dataset_json, dataset.class_names, task, list(spacing or []), version("nnunetv2")]
+    inputs = _digest(settings, dataset.train.values())
+    checked = _digest([inputs], dataset.test.values())
     record = folder / _RECORD
-    if record.is_file() and (known := read_json(record))["inputs"] == inputs:
+    known: dict[str, Any] = read_json(record) if record.is_file() else {"inputs": None, "checked": None}
+    if known["checked"] == checked:
         return known["plans"], known["dataset_json"], folder
     warnings = check_images(dataset, client=client)
+    if known["inputs"] == inputs:  # only test cases changed
+        write_json(record, known | {"checked": checked, "warnings": warnings})
+        return known["plans"], known["dataset_json"], folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    (folder / "warnings.txt").write_text("".join(f"{warning}\n" for warning in warnings))
     raw = _classification_view(dataset, folder) if task == "classification" else dataset.folder.parent
     with (
         open(folder / "nnunet.log", "w") as log,
@@ -78,13 +83,14 @@ def preprocessed_plan(
         _nnunet_folders(raw, preprocessed),
     ):
         plans, dataset_json = _run_nnunet(dataset, folder, spacing, client, workers)
-    write_json(record, {"inputs": inputs, "plans": plans, "dataset_json": dataset_json})
+    facts = {"inputs": inputs, "checked": checked, "warnings": warnings, "plans": plans, "dataset_json": dataset_json}
+    write_json(record, facts)
     return plans, dataset_json, folder
 
 
 def preprocessing_warnings(folder: Path) -> list[str]:
     """What the check of the images remarked on, one line each."""
-    return (folder / "warnings.txt").read_text().splitlines()
+    return list(read_json(folder / _RECORD)["warnings"])
 
 
 def _run_nnunet(
@@ -176,11 +182,11 @@ def _nnunet_folders(raw: Path, preprocessed: Path) -> Iterator[None]:
                 os.environ[key] = value
 
 
-def _fingerprint_of_inputs(dataset: RawDataset, task: str, spacing: Sequence[float] | None) -> str:
-    files = [path for case in dataset.train.values() for path in (*case.images, case.label) if path is not None]
+def _digest(settings: list[Any], cases: Iterable[Case]) -> str:
+    """Changes when a setting does, or the size or time of one of the cases' files."""
+    files = [path for case in cases for path in (*case.images, case.label) if path is not None]
     facts = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-    text = json.dumps([dataset.dataset_json, task, list(spacing or []), facts, version("nnunetv2")], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(json.dumps([settings, facts], sort_keys=True).encode()).hexdigest()
 
 
 def _classification_view(dataset: RawDataset, folder: Path) -> Path:

@@ -70,6 +70,20 @@ def test_preprocessing_is_done_once_and_again_when_a_file_changes(tmp_path: Path
     assert {path.name: path.stat().st_mtime_ns for path in first.folder.glob("*.b2nd")} != stamps
 
 
+def test_new_test_cases_are_checked_without_preprocessing_again(tmp_path: Path) -> None:
+    raw, preprocessed = tmp_path / "raw", tmp_path / "preprocessed"
+    folder = write_dataset(raw, "Dataset821_NewTest", modality="CT", shape=(20, 18, 16))
+    first = prepare(raw, preprocessed, 821)
+    stamps = {path.name: path.stat().st_mtime_ns for path in first.folder.glob("*.b2nd")}
+    broken = folder / "imagesTs" / "case_77_0000.nii.gz"
+    broken.write_bytes((folder / "imagesTs" / "case_02_0000.nii.gz").read_bytes()[:400])
+    with pytest.raises(InputError, match="case 'case_77'"):
+        prepare(raw, preprocessed, 821)
+    broken.unlink()
+    prepare(raw, preprocessed, 821)
+    assert {path.name: path.stat().st_mtime_ns for path in first.folder.glob("*.b2nd")} == stamps
+
+
 def test_spacing_is_the_clients_and_lives_in_its_own_folder(raw_datasets: Path, preprocessed: Path) -> None:
     plan = prepare(raw_datasets, preprocessed, 801, spacing=[4, 4, 4], patch_size=[8, 8, 16])
     assert plan.folder.name == "fedcmt_4x4x4"
