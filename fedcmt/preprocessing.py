@@ -66,11 +66,11 @@ def preprocessed_plan(
     inputs = _digest(settings, dataset.train.values())
     checked = _digest([inputs], dataset.test.values())
     record = folder / _RECORD
-    known: dict[str, Any] = read_json(record) if record.is_file() else {"inputs": None, "checked": None}
-    if known["checked"] == checked:
+    known: dict[str, Any] = read_json(record) if record.is_file() else {}
+    if known.get("checked") == checked:
         return known["plans"], known["dataset_json"], folder
     warnings = check_images(dataset, client=client)
-    if known["inputs"] == inputs:  # only test cases changed
+    if known.get("inputs") == inputs:  # only test cases changed
         write_json(record, known | {"checked": checked, "warnings": warnings})
         return known["plans"], known["dataset_json"], folder
     shutil.rmtree(folder, ignore_errors=True)
