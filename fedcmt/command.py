@@ -20,6 +20,9 @@ def run_command(command: Callable[[], None]) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except MemoryError as error:
+        print(f"error: out of memory ({error}); lower batch_size, patch_size or features", file=sys.stderr)
+        return 1
     except (RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

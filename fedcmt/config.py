@@ -24,25 +24,30 @@ def _checked_name(name: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(_checked_name)]
-Axes = Annotated[list[int], Field(min_length=3, max_length=3)]
-Positive = Annotated[int, Field(ge=1)]
+# Upper bounds are far beyond use; they turn a slip of the keyboard into a line instead of a machine out of memory.
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Width = Annotated[int, Field(ge=1, le=4096)]
+Strides = Annotated[list[Annotated[int, Field(ge=1, le=8)]], Field(min_length=3, max_length=3)]
+Kernel = Annotated[list[Annotated[int, Field(ge=1, le=31)]], Field(min_length=3, max_length=3)]
+Extent = Annotated[list[Annotated[int, Field(ge=1, le=1024)]], Field(min_length=3, max_length=3)]
+Spacing = Annotated[list[Annotated[float, Field(ge=0.01, le=100)]], Field(min_length=3, max_length=3)]
 
 
 class Settings(BaseModel):
     """A group of settings: immutable, no unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class TopologyConfig(Settings):
     """The network all clients share. Axes are in each client's plan order: the axis of lowest resolution first."""
 
-    features: list[Positive] = Field([32, 64, 128, 256, 320], min_length=3, max_length=8)
-    strides: list[Axes] | None = Field(None, description="one [d, h, w] a stage; default 1 in the first, then 2")
-    kernel_sizes: list[Axes] | None = Field(None, description="one [d, h, w] a stage, odd; default 3")
-    convs_per_stage: Positive = 2
-    decoder_convs_per_stage: Positive = 1
-    adaptor_width: Positive = Field(32, description="channels between adaptor and encoder")
+    features: list[Width] = Field([32, 64, 128, 256, 320], min_length=3, max_length=8)
+    strides: list[Strides] | None = Field(None, description="one [d, h, w] a stage; default 1 in the first, then 2")
+    kernel_sizes: list[Kernel] | None = Field(None, description="one [d, h, w] a stage, odd; default 3")
+    convs_per_stage: int = Field(2, ge=1, le=16)
+    decoder_convs_per_stage: int = Field(1, ge=1, le=16)
+    adaptor_width: Width = Field(32, description="channels between adaptor and encoder")
     norm: Literal["instance", "batch"] = "instance"
 
     @model_validator(mode="after")
@@ -51,30 +56,30 @@ class TopologyConfig(Settings):
             value = getattr(self, name)
             if value is not None and len(value) != len(self.features):
                 raise ValueError(f"{name} should have one entry per stage ({len(self.features)}), found {len(value)}")
-        if any(size % 2 == 0 or size < 1 for sizes in self.kernel_sizes or [] for size in sizes):
-            raise ValueError("kernel_sizes should be odd and positive")
-        if any(stride < 1 for strides in self.strides or [] for stride in strides):
-            raise ValueError("strides should be 1 or more")
+        if any(size % 2 == 0 for sizes in self.kernel_sizes or [] for size in sizes):
+            raise ValueError("kernel_sizes should be odd")
+        if self.strides and self.strides[0] != [1, 1, 1]:
+            raise ValueError(f"strides should begin with [1, 1, 1], found {self.strides[0]}")
         return self
 
 
 class TrainingConfig(Settings):
     """Local training of a client between two exchanges."""
 
-    local_steps: Positive = 250
+    local_steps: Count = 250
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    learning_rate: float = Field(3e-4, gt=0)
+    learning_rate: float = Field(3e-4, gt=0, le=10)
     learning_rate_schedule: Literal["constant", "poly"] = Field(
         "poly", description="by round: constant, or nnU-Net's (1 - round / rounds)^0.9"
     )
-    weight_decay: float = Field(1e-5, ge=0)
+    weight_decay: float = Field(1e-5, ge=0, le=10)
     momentum: float = Field(0.9, ge=0, lt=1, description="of sgd (Nesterov)")
     clip_norm: float = Field(1.0, gt=0, description="largest Euclidean norm of a gradient")
     optimizer_state: Literal["keep", "reset"] = Field("keep", description="across rounds")
     mixed_precision: Literal["auto", "off"] = Field("auto", description="auto: bfloat16 on GPUs")
     deep_supervision: bool = True
     oversample_foreground: float = Field(0.33, ge=0, le=1)
-    validation_batches: Positive = Field(8, description="patches for the score after each round, the same every round")
+    validation_batches: Count = Field(8, description="patches for the score after each round, the same every round")
 
 
 class InferenceConfig(Settings):
@@ -91,14 +96,14 @@ class ClientConfig(Settings):
     dataset: int | str = Field(description="number or full name of an nnU-Net raw dataset, 901 or Dataset901_Chest")
     modality: Annotated[str, Field(pattern=r"^[A-Za-z0-9]{1,16}$")] = Field(description="CT, MR, PET, ...")
     task: Literal["segmentation", "classification"] | None = Field(None, description="default: what the dataset holds")
-    channels: Positive | None = Field(None, description="number of input channels; checked when given")
-    spacing: Annotated[list[float], Field(min_length=3, max_length=3)] | None = Field(
+    channels: Width | None = Field(None, description="number of input channels; checked when given")
+    spacing: Spacing | None = Field(
         None, description="target voxel spacing in mm, in the order of the stored array (z, y, x); default: nnU-Net's"
     )
-    patch_size: Axes | None = Field(None, description="voxels in plan order; default: nnU-Net's, segmentation only")
-    batch_size: Positive | None = None
+    patch_size: Extent | None = Field(None, description="voxels in plan order; default: nnU-Net's, segmentation only")
+    batch_size: Width | None = None
     fold: Annotated[int, Field(ge=0)] | Literal["all"] = 0
-    local_steps: Positive | None = Field(None, description="instead of training.local_steps")
+    local_steps: Count | None = Field(None, description="instead of training.local_steps")
 
 
 class StrategyConfig(BaseModel):
@@ -117,15 +122,15 @@ class FederationConfig(Settings):
 
     name: Name
     clients: list[ClientConfig] = Field(min_length=1)
-    rounds: Positive = 100
-    seed: Annotated[int, Field(ge=0)] = 1
+    rounds: Count = 100
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
-    threads: Positive | None = Field(None, description="CPU threads; default: torch's choice")
+    threads: Width | None = Field(None, description="CPU threads; default: torch's choice")
     backend: Literal["auto", "native", "reference"] = Field("auto", description="of fedcmt.ops")
     raw: Path | None = Field(None, description="default: the environment variable nnUNet_raw")
     preprocessed: Path | None = Field(None, description="default: the environment variable nnUNet_preprocessed")
     workspace: Path | None = Field(None, description="default: workspace/<name>")
-    preprocessing_workers: Positive = 2
+    preprocessing_workers: int = Field(2, ge=1, le=256)
     strategy: StrategyConfig = StrategyConfig()
     topology: TopologyConfig = TopologyConfig()
     training: TrainingConfig = TrainingConfig()

@@ -113,7 +113,15 @@ def _run_nnunet(
         plans_name=folder.name,
         overwrite_target_spacing=None if spacing is None else [float(s) for s in spacing],
     )
-    planner.plan_experiment()
+    try:
+        planner.plan_experiment()
+    except OverflowError as error:  # an image of less than half a voxel
+        raise InputError(
+            f"{spacing} mm leaves no voxel of some images of {dataset.name}",
+            client=client,
+            field="spacing",
+            fix="lower it",
+        ) from error
     plans_file = folder.parent / f"{folder.name}.json"
     plans = read_json(plans_file)
     if CONFIGURATION not in plans["configurations"]:
@@ -205,7 +213,10 @@ def _classification_view(dataset: RawDataset, folder: Path) -> Path:
             volume = read_volume(case.images)
             write_segmentation(volume, body_mask(volume.data[0]), label)
         listing[identifier] = {"images": [str(path.resolve()) for path in case.images], "label": str(label.resolve())}
-    labels = dataset.labels if all(case.label for case in dataset.train.values()) else {"background": 0, "body": 1}
+    has_labels = all(case.label for case in dataset.train.values())
+    labels = dataset.labels if has_labels else {"background": 0, "body": 1}
+    regions = has_labels and dataset.regions_class_order
+    order = {"regions_class_order": list(regions)} if regions else {}
     write_json(
         target / "dataset.json",
         {
@@ -215,6 +226,7 @@ def _classification_view(dataset: RawDataset, folder: Path) -> Path:
             "numTraining": len(dataset.train),
             "file_ending": dataset.file_ending,
             "dataset": listing,
+            **order,
         },
     )
     return raw

@@ -63,6 +63,13 @@ def test_overrides_reach_every_level() -> None:
         ({"topology": {"features": [8, 16, 32], "strides": [[1, 1, 1]]}}, ["strides", "3", "found 1"]),
         ({"topology": {"features": [8, 16, 32], "kernel_sizes": [[2, 3, 3]] * 3}}, ["kernel_sizes", "odd"]),
         ({"topology": {"features": [8, 16]}}, ["features"]),
+        ({"topology": {"features": [8, 16, 32], "strides": [[2, 2, 2]] * 3}}, ["strides", "[1, 1, 1]"]),
+        ({"topology": {"features": [8, 16, 10**9]}}, ["features", "4096"]),
+        ({"training": {"learning_rate": float("inf")}}, ["learning_rate", "finite"]),
+        ({"training": {"weight_decay": float("nan")}}, ["weight_decay"]),
+        ({"clients": [{**CLIENT, "spacing": [0, 1, 1]}]}, ["client 'ct_a'", "spacing", "0.01"]),
+        ({"clients": [{**CLIENT, "patch_size": [16, 16, 10**9]}]}, ["client 'ct_a'", "patch_size", "1024"]),
+        ({"rounds": 10**30}, ["rounds", "1000000"]),
     ],
 )
 def test_a_mistake_is_one_line_with_the_field(change: dict, parts: list[str]) -> None:

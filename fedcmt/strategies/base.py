@@ -15,7 +15,7 @@ from fedcmt.exchange import ClientDescription
 class ServerSettings(Settings):
     """Settings of the server's step, theta <- theta + lr m with m <- beta m + d."""
 
-    server_learning_rate: float = Field(1.0, gt=0)
+    server_learning_rate: float = Field(1.0, gt=0, le=100)
     server_momentum: float = Field(0.0, ge=0, lt=1)
 
 
