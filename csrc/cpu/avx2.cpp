@@ -51,11 +51,36 @@ struct Floats {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
   }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
-  int count_nonfinite() const {
+  void store(BFloat16* p) const {
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));  // to nearest even
+    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
+    const __m256i quiet =
+        _mm256_srli_epi32(_mm256_or_si256(bits, _mm256_set1_epi32(0x400000)), 16);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i wide = _mm256_blendv_epi8(rounded, quiet, nan);
+    const __m128i low = _mm256_castsi256_si128(wide), high = _mm256_extracti128_si256(wide, 1);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi32(low, high));
+  }
+  void store(Float16* p) const {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  __m256 nonfinite() const {
     // x - x is 0 for finite x and NaN otherwise.
     const __m256 difference = _mm256_sub_ps(v, v);
-    const __m256 nonfinite = _mm256_cmp_ps(difference, difference, _CMP_UNORD_Q);
-    return __builtin_popcount(_mm256_movemask_ps(nonfinite));
+    return _mm256_cmp_ps(difference, difference, _CMP_UNORD_Q);
+  }
+  int count_nonfinite() const { return __builtin_popcount(_mm256_movemask_ps(nonfinite())); }
+  Floats finite_or_zero() const { return {_mm256_andnot_ps(nonfinite(), v)}; }
+  Floats absolute() const { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), v)}; }
+  Floats sqrt() const { return {_mm256_sqrt_ps(v)}; }
+  // This value where the other is positive, its negative where negative, 0 where that is 0.
+  Floats times_sign(Floats other) const {
+    const __m256 sign = _mm256_and_ps(other.v, _mm256_set1_ps(-0.0f));
+    const __m256 zero = _mm256_cmp_ps(other.v, _mm256_setzero_ps(), _CMP_EQ_OQ);
+    return {_mm256_andnot_ps(zero, _mm256_xor_ps(v, sign))};
   }
   void add_squares(Doubles sums[2]) const {
     const Doubles low = {_mm256_cvtps_pd(_mm256_castps256_ps128(v))};
@@ -65,13 +90,20 @@ struct Floats {
   }
 };
 
+inline Floats operator+(Floats a, Floats b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline Floats operator-(Floats a, Floats b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline Floats operator*(Floats a, Floats b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline Floats operator/(Floats a, Floats b) { return {_mm256_div_ps(a.v, b.v)}; }
+inline Floats max(Floats a, Floats b) { return {_mm256_max_ps(a.v, b.v)}; }
 inline Floats fma(Floats a, Floats b, Floats c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 
 #include "block_kernels_impl.h"
 
 }  // namespace
 
-const BlockKernels kAvx2Kernels = {"avx2", gramian_block, server_step_block};
+const BlockKernels kAvx2Kernels = {
+    "avx2", gramian_block, gramian_row_block, server_step_block, weighted_sum_block, screen_block,
+};
 
 }  // namespace cpu
 }  // namespace fedcmt

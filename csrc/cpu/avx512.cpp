@@ -51,9 +51,33 @@ struct Floats {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
   }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
-  int count_nonfinite() const {
+  void store(BFloat16* p) const {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));  // to nearest even
+    __m512i rounded = _mm512_add_epi32(bits, half);
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+  }
+  void store(Float16* p) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  __mmask16 nonfinite() const {
     constexpr int kNanOrInfinity = 0x99;  // quiet NaN, signalling NaN, +inf, -inf
-    return __builtin_popcount(_mm512_fpclass_ps_mask(v, kNanOrInfinity));
+    return _mm512_fpclass_ps_mask(v, kNanOrInfinity);
+  }
+  int count_nonfinite() const { return __builtin_popcount(nonfinite()); }
+  Floats finite_or_zero() const { return {_mm512_mask_mov_ps(v, nonfinite(), _mm512_setzero_ps())}; }
+  Floats absolute() const { return {_mm512_abs_ps(v)}; }
+  Floats sqrt() const { return {_mm512_sqrt_ps(v)}; }
+  // This value where the other is positive, its negative where negative, 0 where that is 0.
+  Floats times_sign(Floats other) const {
+    const __m512 sign = _mm512_and_ps(other.v, _mm512_set1_ps(-0.0f));
+    const __mmask16 zero = _mm512_cmp_ps_mask(other.v, _mm512_setzero_ps(), _CMP_EQ_OQ);
+    return {_mm512_mask_mov_ps(_mm512_xor_ps(v, sign), zero, _mm512_setzero_ps())};
   }
   void add_squares(Doubles sums[2]) const {
     const Doubles low = {_mm512_cvtps_pd(_mm512_castps512_ps256(v))};
@@ -63,13 +87,20 @@ struct Floats {
   }
 };
 
+inline Floats operator+(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Floats operator-(Floats a, Floats b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Floats operator*(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Floats operator/(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline Floats max(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 
 #include "block_kernels_impl.h"
 
 }  // namespace
 
-const BlockKernels kAvx512Kernels = {"avx512", gramian_block, server_step_block};
+const BlockKernels kAvx512Kernels = {
+    "avx512", gramian_block, gramian_row_block, server_step_block, weighted_sum_block, screen_block,
+};
 
 }  // namespace cpu
 }  // namespace fedcmt

@@ -12,8 +12,8 @@
 namespace fedcmt {
 namespace cpu {
 
-// Elements of a row that are widened to float64 at a time. 256 x 8 rows fill half of a 32 KiB L1.
-constexpr int kRun = 256;
+// Most elements of a row that are widened to float64 at a time.
+constexpr int kMaxRun = 256;
 // Widest float64 vector of any path, and the largest register tile; both size the scratch memory.
 constexpr int kMaxLanes = 8;
 constexpr int kMaxTile = 4;
@@ -26,8 +26,18 @@ struct BlockKernels {
   void (*gramian)(const void* const* rows, int n, Dtype dtype, int64_t begin, int64_t end,
                   double* scratch, double* pairs);
 
-  // The fused step on elements [begin, end); adds to sums.
-  void (*server_step)(const StepArguments& step, int64_t begin, int64_t end, StepSums* sums);
+  // products[i] += sum_e rows[i][e] * rows[n - 1][e]; scratch as above.
+  void (*gramian_row)(const void* const* rows, int n, Dtype dtype, int64_t begin, int64_t end,
+                      double* scratch, double* products);
+
+  // The fused step of every target on elements [begin, end) of one segment; adds to sums [M].
+  void (*server_step)(const StepArguments& step, int segment, int64_t begin, int64_t end,
+                      StepSums* sums);
+
+  void (*weighted_sum)(const MeanTask& task, int64_t begin, int64_t end);
+
+  // Adds to sums.
+  void (*screen)(const ScreenArguments& arguments, int64_t begin, int64_t end, ScreenSums* sums);
 };
 
 extern const BlockKernels kPlainKernels;

@@ -3,6 +3,8 @@
 #include <atomic>
 #include <stdexcept>
 
+#include "threads.h"
+
 namespace fedcmt {
 namespace cpu {
 namespace {
@@ -37,6 +39,14 @@ std::vector<std::string> available_paths() {
   std::vector<std::string> names;
   for (const BlockKernels* kernels : supported_kernels()) names.emplace_back(kernels->name);
   return names;
+}
+
+int max_threads() {
+#ifdef _OPENMP
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
 }
 
 std::string current_path() { return current_kernels().name; }

@@ -1,18 +1,16 @@
 // Threads, blocks and the reduction across them.
 //
-// Work is cut into blocks of 65,536 elements, blocks into spans, both from the length alone; the
-// sums of the spans are added in a fixed tree. So a result is the same, bit for bit, for any number
-// of threads.
+// Each segment is cut into blocks of 65,536 elements, blocks are gathered into spans, both from the
+// lengths alone; the sums of the spans are added in a fixed tree. So a result is the same, bit for
+// bit, for any number of threads.
 #include "../ops.h"
 
 #include <algorithm>
 #include <new>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "dispatch.h"
+#include "pages.h"
+#include "threads.h"
 
 namespace fedcmt {
 namespace cpu {
@@ -20,38 +18,73 @@ namespace {
 
 constexpr int64_t kBlock = 65536;
 // Bounds the memory of the partial sums; far more than there are threads to share them.
-constexpr int64_t kMaxSpans = 512;
+constexpr int64_t kMaxSpansASegment = 512;
 
-int64_t count_blocks(int64_t length) { return (length + kBlock - 1) / kBlock; }
-int64_t count_spans(int64_t length) { return std::min(count_blocks(length), kMaxSpans); }
+// The blocks [first, last) of one segment, the work of one thread at a time.
+struct Span {
+  int segment;
+  int64_t first, last;
+};
 
-// Calls body(block_begin, block_end) for every block of a span, in order.
+class Plan {
+ public:
+  explicit Plan(const Segments& segments) : segments_(segments) {
+    for (int s = 0; s < segments.count; ++s) {
+      first_span_.push_back(static_cast<int64_t>(spans_.size()));
+      const int64_t length = segments.bounds[s + 1] - segments.bounds[s];
+      const int64_t blocks = (length + kBlock - 1) / kBlock;
+      const int64_t spans = std::min(blocks, kMaxSpansASegment);
+      for (int64_t k = 0; k < spans; ++k) {
+        spans_.push_back({s, k * blocks / spans, (k + 1) * blocks / spans});
+      }
+    }
+    first_span_.push_back(static_cast<int64_t>(spans_.size()));
+  }
+
+  int64_t size() const { return static_cast<int64_t>(spans_.size()); }
+  int segment(int64_t span) const { return spans_[span].segment; }
+
+  // Calls body(begin, end) for every block of a span, in order.
+  template <typename Body>
+  void for_each_block(int64_t span, const Body& body) const {
+    const int64_t begin = segments_.bounds[spans_[span].segment];
+    const int64_t end = segments_.bounds[spans_[span].segment + 1];
+    for (int64_t b = spans_[span].first; b < spans_[span].last; ++b) {
+      body(begin + b * kBlock, std::min(begin + (b + 1) * kBlock, end));
+    }
+  }
+
+  // Pairwise tree over the spans of a segment: add(to, from) at distance 1, 2, 4, ...; the total
+  // ends in the first span. Returns that span, or -1 for an empty segment.
+  template <typename Add>
+  int64_t reduce(int segment, const Add& add) const {
+    return reduce_range(first_span_[segment], first_span_[segment + 1], add);
+  }
+  template <typename Add>
+  int64_t reduce_all(const Add& add) const {
+    return reduce_range(0, size(), add);
+  }
+
+ private:
+  template <typename Add>
+  static int64_t reduce_range(int64_t first, int64_t last, const Add& add) {
+    for (int64_t distance = 1; distance < last - first; distance *= 2) {
+      for (int64_t s = first; s + distance < last; s += 2 * distance) add(s, s + distance);
+    }
+    return first < last ? first : -1;
+  }
+
+  Segments segments_;
+  std::vector<Span> spans_;
+  std::vector<int64_t> first_span_;  // [S + 1]
+};
+
+// Runs body(span, thread) for every span, spread over threads.
 template <typename Body>
-void for_each_block(int64_t span, int64_t spans, int64_t length, const Body& body) {
-  const int64_t blocks = count_blocks(length);
-  for (int64_t b = span * blocks / spans; b < (span + 1) * blocks / spans; ++b) {
-    body(b * kBlock, std::min((b + 1) * kBlock, length));
-  }
-}
-
-// Pairwise tree: add(to, from) for spans at distance 1, 2, 4, ...; the total ends in span 0.
-template <typename Add>
-void reduce_tree(int64_t spans, const Add& add) {
-  for (int64_t distance = 1; distance < spans; distance *= 2) {
-    for (int64_t s = 0; s + distance < spans; s += 2 * distance) add(s, s + distance);
-  }
-}
-
-int thread_index() {
-#ifdef _OPENMP
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
-
-int usable_threads(int requested, int64_t spans) {
-  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(requested, spans)));
+void for_each_span(const Plan& plan, int num_threads, const Body& body) {
+  const int64_t spans = plan.size();
+#pragma omp parallel for schedule(dynamic) num_threads(usable_threads(num_threads, spans))
+  for (int64_t span = 0; span < spans; ++span) body(span, thread_index());
 }
 
 // One cache-aligned piece of memory a thread, allocated before the threads start because an
@@ -75,62 +108,109 @@ class Scratch {
 // Upper bound over all paths: widened runs, then a vector for every entry of every tile.
 int64_t gramian_scratch_size(int64_t n) {
   const int64_t padded = n + kMaxTile;
-  return n * kRun + padded * padded * kMaxLanes;
+  return n * kMaxRun + padded * padded * kMaxLanes;
+}
+
+using ProductKernel = decltype(BlockKernels::gramian);
+
+// Sums of products over each segment: result [S, entries].
+void sum_products(ProductKernel kernel, const Rows& updates, const Segments& segments,
+                  int64_t entries, double* result, const Execution& execution) {
+  const Plan plan(segments);
+  std::vector<double> partials(plan.size() * entries, 0.0);  // [spans, entries]
+  const Scratch scratch(usable_threads(execution.num_threads, plan.size()),
+                        gramian_scratch_size(updates.count));
+  for_each_span(plan, execution.num_threads, [&](int64_t span, int thread) {
+    plan.for_each_block(span, [&](int64_t begin, int64_t end) {
+      kernel(updates.pointer, updates.count, updates.dtype, begin, end, scratch.of_thread(thread),
+             partials.data() + span * entries);
+      if (execution.release_pages) release_pages(updates, begin, end);
+    });
+  });
+  for (int s = 0; s < segments.count; ++s) {
+    const int64_t total = plan.reduce(s, [&](int64_t to, int64_t from) {
+      for (int64_t k = 0; k < entries; ++k) {
+        partials[to * entries + k] += partials[from * entries + k];
+      }
+    });
+    for (int64_t k = 0; k < entries; ++k) {
+      result[s * entries + k] = total < 0 ? 0.0 : partials[total * entries + k];
+    }
+  }
 }
 
 }  // namespace
 
-int max_threads() {
-#ifdef _OPENMP
-  return omp_get_max_threads();
-#else
-  return 1;
-#endif
+void gramian(const Rows& updates, const Segments& segments, double* grams,
+             const Execution& execution) {
+  const int64_t n = updates.count;
+  sum_products(current_kernels().gramian, updates, segments, n * n, grams, execution);
+  for (double* gram = grams; gram < grams + segments.count * n * n; gram += n * n) {
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t j = 0; j < i; ++j) gram[i * n + j] = gram[j * n + i];
+    }
+  }
 }
 
-void gramian(const void* const* updates, int num_updates, int64_t length, Dtype dtype, double* gram,
-             int num_threads) {
-  const int64_t n = num_updates, entries = n * n;
-  const int64_t spans = std::max<int64_t>(1, count_spans(length));
-  const int threads = usable_threads(num_threads, spans);
-  std::vector<double> partials(spans * entries, 0.0);  // [spans, N, N], upper triangles
-  const Scratch scratch(threads, gramian_scratch_size(n));
-  const BlockKernels& kernels = current_kernels();
+void gramian_row(const Rows& updates, const Segments& segments, double* row,
+                 const Execution& execution) {
+  sum_products(current_kernels().gramian_row, updates, segments, updates.count, row, execution);
+}
 
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (int64_t span = 0; span < spans; ++span) {
-    for_each_block(span, spans, length, [&](int64_t begin, int64_t end) {
-      kernels.gramian(updates, num_updates, dtype, begin, end, scratch.of_thread(thread_index()),
-                      partials.data() + span * entries);
+void server_step(const StepArguments& step, StepSums* sums, const Execution& execution) {
+  const Plan plan(step.segments);
+  const int64_t targets = step.num_targets;
+  std::vector<StepSums> partials(plan.size() * targets, StepSums{0.0, 0});  // [spans, M]
+  const BlockKernels& kernels = current_kernels();
+  for_each_span(plan, execution.num_threads, [&](int64_t span, int) {
+    plan.for_each_block(span, [&](int64_t begin, int64_t end) {
+      kernels.server_step(step, plan.segment(span), begin, end, &partials[span * targets]);
+      if (execution.release_pages) release_pages(step.updates, begin, end);
     });
-  }
-  reduce_tree(spans, [&](int64_t to, int64_t from) {
-    for (int64_t k = 0; k < entries; ++k) {
-      partials[to * entries + k] += partials[from * entries + k];
+  });
+  const int64_t total = plan.reduce_all([&](int64_t to, int64_t from) {
+    for (int64_t m = 0; m < targets; ++m) {
+      partials[to * targets + m].squares += partials[from * targets + m].squares;
+      partials[to * targets + m].nonfinite += partials[from * targets + m].nonfinite;
     }
   });
-  for (int64_t i = 0; i < n; ++i) {
-    for (int64_t j = i; j < n; ++j) gram[i * n + j] = gram[j * n + i] = partials[i * n + j];
+  for (int64_t m = 0; m < targets; ++m) {
+    sums[m] = total < 0 ? StepSums{0.0, 0} : partials[total * targets + m];
   }
 }
 
-StepSums server_step(const StepArguments& step, int num_threads) {
-  const int64_t spans = std::max<int64_t>(1, count_spans(step.length));
-  const int threads = usable_threads(num_threads, spans);
-  std::vector<StepSums> partials(spans, StepSums{0.0, 0});
+void weighted_mean(const std::vector<MeanTask>& tasks, const Execution& execution) {
+  std::vector<int64_t> bounds{0};  // the tasks one after the other, as segments
+  for (const MeanTask& task : tasks) bounds.push_back(bounds.back() + task.rows.length);
+  const Segments segments{bounds.data(), static_cast<int>(tasks.size())};
+  const Plan plan(segments);
   const BlockKernels& kernels = current_kernels();
-
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (int64_t span = 0; span < spans; ++span) {
-    for_each_block(span, spans, step.length, [&](int64_t begin, int64_t end) {
-      kernels.server_step(step, begin, end, &partials[span]);
+  for_each_span(plan, execution.num_threads, [&](int64_t span, int) {
+    const MeanTask& task = tasks[plan.segment(span)];
+    const int64_t start = bounds[plan.segment(span)];
+    plan.for_each_block(span, [&](int64_t begin, int64_t end) {
+      kernels.weighted_sum(task, begin - start, end - start);
+      if (execution.release_pages) release_pages(task.rows, begin - start, end - start);
     });
-  }
-  reduce_tree(spans, [&](int64_t to, int64_t from) {
-    partials[to].momentum_squares += partials[from].momentum_squares;
-    partials[to].nonfinite += partials[from].nonfinite;
   });
-  return partials[0];
+}
+
+ScreenSums screen(const ScreenArguments& arguments, const Execution& execution) {
+  const int64_t bounds[] = {0, arguments.length};
+  const Plan plan({bounds, 1});
+  std::vector<ScreenSums> partials(plan.size(), ScreenSums{0, 0.0, 0.0f});
+  const BlockKernels& kernels = current_kernels();
+  for_each_span(plan, execution.num_threads, [&](int64_t span, int) {
+    plan.for_each_block(span, [&](int64_t begin, int64_t end) {
+      kernels.screen(arguments, begin, end, &partials[span]);
+    });
+  });
+  const int64_t total = plan.reduce_all([&](int64_t to, int64_t from) {
+    partials[to].nonfinite += partials[from].nonfinite;
+    partials[to].squares += partials[from].squares;
+    partials[to].largest = std::max(partials[to].largest, partials[from].largest);
+  });
+  return total < 0 ? ScreenSums{0, 0.0, 0.0f} : partials[total];
 }
 
 }  // namespace cpu

@@ -7,6 +7,7 @@ namespace cpu {
 namespace {
 
 typedef float Float4 __attribute__((vector_size(16)));
+typedef int32_t Mask4 __attribute__((vector_size(16)));
 typedef double Double2 __attribute__((vector_size(16)));
 
 struct BFloat16 {
@@ -34,6 +35,38 @@ inline float to_float(Float16 x) {
   }
   const uint32_t wide = exponent == 0x1fu ? 0xffu : exponent + (127 - 15);
   return from_bits(sign | (wide << 23) | (fraction << 13));
+}
+
+inline uint32_t to_bits(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+// Rounds away the low bits of a magnitude, to nearest even.
+inline uint32_t round_bits(uint32_t magnitude, int bits) {
+  return (magnitude + (1u << (bits - 1)) - 1 + ((magnitude >> bits) & 1)) >> bits;
+}
+
+inline void from_float(float x, float* to) { *to = x; }
+inline void from_float(float x, BFloat16* to) {
+  const uint32_t bits = to_bits(x);
+  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  to->bits = static_cast<uint16_t>(nan ? (bits >> 16) | 0x40u : round_bits(bits, 16));
+}
+inline void from_float(float x, Float16* to) {
+  const uint32_t bits = to_bits(x), magnitude = bits & 0x7fffffffu;
+  uint32_t half;
+  if (magnitude > 0x7f800000u) {
+    half = 0x7e00u | (magnitude >> 13 & 0x1ffu);
+  } else if (magnitude >= 0x47800000u) {  // 2^16 and more; what rounds up to it comes out below
+    half = 0x7c00u;
+  } else if (magnitude >= 0x38800000u) {  // normal: 2^-14 and more
+    half = round_bits(magnitude - ((127u - 15u) << 23), 13);
+  } else {  // adding 0.5 makes float32 round to multiples of 2^-24, the subnormals
+    half = to_bits(from_bits(magnitude) + 0.5f) - to_bits(0.5f);
+  }
+  to->bits = static_cast<uint16_t>((bits >> 16 & 0x8000u) | half);
 }
 
 constexpr int kTile = 3;
@@ -66,11 +99,30 @@ struct Floats {
     return {Float4{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}};
   }
   void store(float* p) const { __builtin_memcpy(p, &v, sizeof v); }
-  int count_nonfinite() const {
+  template <typename T>
+  void store(T* p) const {
+    for (int k = 0; k < kLanes; ++k) from_float(v[k], p + k);
+  }
+  Mask4 nonfinite() const {
     // x - x is 0 for finite x and NaN otherwise; a true comparison is -1 in its lane.
     const Float4 difference = v - v;
-    const auto nonfinite = difference != difference;
-    return -static_cast<int>(nonfinite[0] + nonfinite[1] + nonfinite[2] + nonfinite[3]);
+    return difference != difference;
+  }
+  int count_nonfinite() const {
+    const Mask4 mask = nonfinite();
+    return -static_cast<int>(mask[0] + mask[1] + mask[2] + mask[3]);
+  }
+  Floats finite_or_zero() const { return {nonfinite() ? Float4{} : v}; }
+  Floats absolute() const { return {v < 0.0f ? -v : v}; }
+  Floats sqrt() const {
+    Float4 root = v;
+    for (int k = 0; k < kLanes; ++k) root[k] = __builtin_sqrtf(v[k]);
+    return {root};
+  }
+  // This value where the other is positive, its negative where negative, 0 where that is 0.
+  Floats times_sign(Floats other) const {
+    const Float4 signed_value = other.v < 0.0f ? -v : v;
+    return {other.v == 0.0f ? Float4{} : signed_value};
   }
   void add_squares(Doubles sums[2]) const {
     const Double2 low = {v[0], v[1]}, high = {v[2], v[3]};
@@ -79,13 +131,20 @@ struct Floats {
   }
 };
 
+inline Floats operator+(Floats a, Floats b) { return {a.v + b.v}; }
+inline Floats operator-(Floats a, Floats b) { return {a.v - b.v}; }
+inline Floats operator*(Floats a, Floats b) { return {a.v * b.v}; }
+inline Floats operator/(Floats a, Floats b) { return {a.v / b.v}; }
+inline Floats max(Floats a, Floats b) { return {a.v > b.v ? a.v : b.v}; }
 inline Floats fma(Floats a, Floats b, Floats c) { return {a.v * b.v + c.v}; }
 
 #include "block_kernels_impl.h"
 
 }  // namespace
 
-const BlockKernels kPlainKernels = {"plain", gramian_block, server_step_block};
+const BlockKernels kPlainKernels = {
+    "plain", gramian_block, gramian_row_block, server_step_block, weighted_sum_block, screen_block,
+};
 
 }  // namespace cpu
 }  // namespace fedcmt
