@@ -94,6 +94,20 @@ inline Floats operator/(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; 
 inline Floats max(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 
+// Two vectors of values, in a fixed order of its own, to out.
+template <typename T>
+inline void load_two(const T* p, float* out) {
+  Floats::load(p).store(out);
+  Floats::load(p + Floats::kLanes).store(out + Floats::kLanes);
+}
+// Even elements, then odd ones: a shift and a mask instead of two shuffles and two shifts.
+inline void load_two(const BFloat16* p, float* out) {
+  const __m512i bits = _mm512_loadu_si512(p);
+  const __m512i odd = _mm512_and_si512(bits, _mm512_set1_epi32(0xffff0000));
+  _mm512_storeu_si512(out, _mm512_slli_epi32(bits, 16));
+  _mm512_storeu_si512(out + Floats::kLanes, odd);
+}
+
 #include "block_kernels_impl.h"
 
 }  // namespace

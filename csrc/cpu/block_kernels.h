@@ -14,6 +14,7 @@ namespace cpu {
 
 // Most elements of a row that are widened to float64 at a time.
 constexpr int kMaxRun = 256;
+constexpr int kRunPadding = 8;
 // Widest float64 vector of any path, and the largest register tile; both size the scratch memory.
 constexpr int kMaxLanes = 8;
 constexpr int kMaxTile = 4;

@@ -108,7 +108,7 @@ class Scratch {
 // Upper bound over all paths: widened runs, then a vector for every entry of every tile.
 int64_t gramian_scratch_size(int64_t n) {
   const int64_t padded = n + kMaxTile;
-  return n * kMaxRun + padded * padded * kMaxLanes;
+  return n * (kMaxRun + kRunPadding) + padded * padded * kMaxLanes;
 }
 
 using ProductKernel = decltype(BlockKernels::gramian);
