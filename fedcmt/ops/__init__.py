@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from fedcmt.ops._backend import Backend, BackendInfo, backend_info
 from fedcmt.ops._gram import gramian, gramian_append, project_conflicts, restore_norms
-from fedcmt.ops._means import ScreenStats, screen, weighted_mean
-from fedcmt.ops._step import Optimizer, StepStats, server_step
+from fedcmt.ops._means import screen, weighted_mean
+from fedcmt.ops._stats import ScreenStats, StepStats
+from fedcmt.ops._step import Optimizer, server_step
 from fedcmt.ops.mapped import MappedUpdates
 
 __all__ = [

@@ -51,10 +51,9 @@ def gramian(updates: Sequence[Any], *, segments: Segments | None = None, backend
     """
     rows = check_updates(updates)
     bounds = check_segments(segments, rows[0].numel())
-    if use_native(backend, rows[0].device):
-        grams = _native_products("gramian", rows, bounds, (len(rows), len(rows)), cpu_execution(updates))
-    else:
-        grams = reference.gramian(rows, bounds)
+    if not use_native(backend, rows[0].device):
+        return reference.gramian(rows, segments=None if segments is None else bounds)
+    grams = _native_products("gramian", rows, bounds, (len(rows), len(rows)), cpu_execution(updates))
     return grams[0] if segments is None else grams
 
 
@@ -90,17 +89,12 @@ def gramian_append(
     count = len(rows)
     bounds = check_segments(segments, rows[0].numel())
     leading = () if segments is None else (len(bounds) - 1,)
-    if use_native(backend, rows[0].device):
-        row = _native_products("gramian_row", rows, bounds, (count,), cpu_execution(updates))
-    else:
-        row = reference.gramian_row(rows, bounds)
-    row = row.view(*leading, count)
-    grown = row.new_empty(*leading, count, count)
     if count > 1:
-        grown[..., :-1, :-1] = check_gram(gram, (*leading, count - 1, count - 1))
-    grown[..., -1, :] = row
-    grown[..., :, -1] = row
-    return grown
+        check_gram(gram, (*leading, count - 1, count - 1))
+    if not use_native(backend, rows[0].device):
+        return reference.gramian_append(gram, rows[:-1], rows[-1], segments=None if segments is None else bounds)
+    row = _native_products("gramian_row", rows, bounds, (count,), cpu_execution(updates))
+    return reference.grown(gram, row.view(*leading, count))
 
 
 def _native_products(
@@ -146,18 +140,17 @@ def project_conflicts(gram: Tensor, *, order: Tensor | None = None, backend: Bac
         raise TypeError("`gram` should be a tensor of shape [N, N] or [S, N, N]")
     count = gram.shape[-1]
     grams = check_gram(gram, (*gram.shape[:-2], count, count))
+    if not use_native(backend, gram.device):
+        return reference.project_conflicts(grams, order=None if order is None else _check_order(order, count))
     grams = grams.reshape(-1, count, count).contiguous()
     order = _check_order(order, count).to(gram.device)
-    if use_native(backend, gram.device):
-        result = torch.empty_like(grams)
-        arguments = (grams.data_ptr(), len(grams), count, order.data_ptr(), result.data_ptr())
-        if runs_cuda_kernels(gram.device):
-            _workspace, launch = cuda_launch(0, gram.device)
-            _native.extension().project_conflicts_cuda(*arguments, launch)
-        else:
-            _native.extension().project_conflicts_cpu(*arguments)
+    result = torch.empty_like(grams)
+    arguments = (grams.data_ptr(), len(grams), count, order.data_ptr(), result.data_ptr())
+    if runs_cuda_kernels(gram.device):
+        _workspace, launch = cuda_launch(0, gram.device)
+        _native.extension().project_conflicts_cuda(*arguments, launch)
     else:
-        result = reference.project_conflicts(grams, order)
+        _native.extension().project_conflicts_cpu(*arguments)
     return result.view(gram.shape)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from fedcmt.ops._arguments import (
     check_written,
 )
 from fedcmt.ops._backend import Backend, cpu_execution, cuda_launch, runs_cuda_kernels, use_native
+from fedcmt.ops._stats import ScreenStats
 
 
 def weighted_mean(
@@ -62,18 +62,16 @@ def weighted_mean(
         if use_native(backend, rows[0].device):
             means = _native_means(rows, shares, members, cpu_execution(updates))
         else:
-            means = reference.weighted_mean(rows, shares, members)
+            return reference.weighted_mean(rows, factors, None if masks is None else members)
     return means[0] if masks is None else means
 
 
 def _check_masks(masks: Any, rows: list[Tensor]) -> Tensor:
     """Masks `[M, N]` bool on the CPU whose groups have members of one length."""
-    if masks is None:
-        members = torch.ones(1, len(rows), dtype=torch.bool)
-    else:
-        members = torch.as_tensor(masks).cpu()
-    if members.dtype != torch.bool or members.dim() != 2 or members.shape[1] != len(rows) or len(members) == 0:
-        raise ValueError(f"`masks` should be bool of shape (M, {len(rows)}). Got {members.dtype}, {tuple(members.shape)}")
+    count = len(rows)
+    members = torch.ones(1, count, dtype=torch.bool) if masks is None else torch.as_tensor(masks).cpu()
+    if members.dtype != torch.bool or members.dim() != 2 or members.shape[1] != count or len(members) == 0:
+        raise ValueError(f"`masks` should be bool of shape (M, {count}). Got {members.dtype}, {tuple(members.shape)}")
     for m, mask in enumerate(members.tolist()):
         lengths = {row.numel() for row, member in zip(rows, mask, strict=True) if member}
         if len(lengths) != 1:
@@ -82,9 +80,7 @@ def _check_masks(masks: Any, rows: list[Tensor]) -> Tensor:
     return members
 
 
-def _native_means(
-    rows: list[Tensor], shares: Tensor, masks: Tensor, execution: tuple[int, bool]
-) -> list[Tensor]:
+def _native_means(rows: list[Tensor], shares: Tensor, masks: Tensor, execution: tuple[int, bool]) -> list[Tensor]:
     extension, device = _native.extension(), rows[0].device
     means, tasks = [], []
     for weights, mask in zip(shares.tolist(), masks.tolist(), strict=True):
@@ -100,27 +96,6 @@ def _native_means(
     else:
         extension.weighted_mean_cpu(tasks, code, execution)
     return means
-
-
-@dataclass(frozen=True)
-class ScreenStats:
-    """What screening found in an update, as stored. Stats of consecutive parts add up with `+`.
-
-    Attributes:
-        nonfinite: Number of NaN and infinite values.
-        norm: Euclidean norm of the finite values.
-        largest: Largest absolute finite value.
-    """
-
-    nonfinite: int
-    norm: float
-    largest: float
-
-    def __add__(self, other: ScreenStats) -> ScreenStats:
-        """The stats of both parts together."""
-        return ScreenStats(
-            self.nonfinite + other.nonfinite, math.hypot(self.norm, other.norm), max(self.largest, other.largest)
-        )
 
 
 def screen(update: Any, *, into: Any = None, backend: Backend = "auto") -> ScreenStats:
@@ -149,10 +124,9 @@ def screen(update: Any, *, into: Any = None, backend: Backend = "auto") -> Scree
         target = check_written("into", as_tensor("into", into, written=True), source, "update", tuple(DTYPE_CODES))
         check_no_overlap([("into", target)], [("update", source)])
     with torch.no_grad():
-        if use_native(backend, source.device):
-            nonfinite, squares, largest = _native_screen(source, target)
-        else:
-            nonfinite, squares, largest = reference.screen(source, target)
+        if not use_native(backend, source.device):
+            return reference.screen(source, into=target)
+        nonfinite, squares, largest = _native_screen(source, target)
     return ScreenStats(int(nonfinite), math.sqrt(squares), float(largest))
 
 

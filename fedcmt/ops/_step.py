@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, overload
 
 import torch
@@ -24,25 +24,26 @@ from fedcmt.ops._arguments import (
 )
 from fedcmt.ops._backend import Backend, cpu_execution, cuda_launch, runs_cuda_kernels, use_native
 from fedcmt.ops._gram import Segments, gramian
+from fedcmt.ops._stats import StepStats
 
 Optimizer = Literal["sgd", "adam", "yogi", "adagrad"]
 # The values of enum class Optimizer in csrc/ops.h.
 _OPTIMIZER_CODES = {"sgd": 0, "adam": 1, "yogi": 2, "adagrad": 3}
 
 
+State = tuple[Tensor, Tensor | None, Tensor | None]  # parameters, momentum, second moment of one target
+
+
 @dataclass(frozen=True)
-class StepStats:
-    """What a server step did.
+class _Rule:
+    """The optimizer and its numbers, all checked."""
 
-    Attributes:
-        norm: Euclidean norm of lr * step, what was added to the parameters.
-        nonfinite: Number of NaN and infinite values in d = sum_i weights[i] * updates[i].
-        clipping: Factor by which `max_norm` shortened d; 1 where it did not.
-    """
-
-    norm: float
-    nonfinite: int
-    clipping: float = 1.0
+    optimizer: Optimizer
+    lr: float
+    beta: float
+    dampening: float
+    beta2: float
+    epsilon: float
 
 
 @overload
@@ -136,22 +137,34 @@ def server_step(
     bounds = check_segments(segments, rows[0].numel())
     rule = _check_rule(optimizer, lr, beta, dampening, beta2, epsilon)
     state = _check_state([params] if single else params, momentum, second, rows, rule, single)
-    factors = _check_factors(weights, len(state), None if segments is None else len(bounds) - 1, len(rows), single)
-    clipping = _clipping(factors, updates, gram, segments, max_norm, backend)  # [M]
-    factors = factors * clipping[:, None, None]
-    vectors = tuple(list(column) for column in zip(*state, strict=True))
+    parts = None if segments is None else bounds
+    factors = _check_factors(weights, len(state), parts, len(rows), single)
+    clipping = _clipping(factors, updates, gram, parts, max_norm, backend)  # [M]
     with torch.no_grad():
         if use_native(backend, rows[0].device):
-            sums = _native_step(vectors, rows, factors, bounds, rule, cpu_execution(updates))
+            columns = [list(column) for column in zip(*state, strict=True)]
+            sums = _native_step(columns, rows, factors * clipping[:, None, None], bounds, rule, cpu_execution(updates))
+            stats = [StepStats(*pair, factor) for pair, factor in zip(sums, clipping.tolist(), strict=True)]
         else:
-            sums = reference.server_step(*vectors, rows, factors, bounds, rule)
-    stats = [StepStats(norm, count, factor) for (norm, count), factor in zip(sums, clipping.tolist(), strict=True)]
+            stats = _reference_step(state, rows, factors, parts, rule, max_norm)
     return stats[0] if single else stats
 
 
+def _reference_step(
+    state: list[State], rows: list[Tensor], factors: Tensor, parts: list[int] | None, rule: _Rule,
+    max_norm: float | None,
+) -> list[StepStats]:  # fmt: skip
+    params, momentum, second = (list(column) for column in zip(*state, strict=True))
+    stats = reference.server_step(
+        params, momentum, rows, factors, second=second, max_norm=max_norm, segments=parts, **asdict(rule)
+    )
+    assert isinstance(stats, list)
+    return stats
+
+
 def _check_rule(
-    optimizer: str, lr: float, beta: float, dampening: float | None, beta2: float, epsilon: float
-) -> reference.Rule:
+    optimizer: Optimizer, lr: float, beta: float, dampening: float | None, beta2: float, epsilon: float
+) -> _Rule:
     if optimizer not in _OPTIMIZER_CODES:
         raise ValueError(f"`optimizer` should be one of {tuple(_OPTIMIZER_CODES)}. Got {optimizer!r}")
     lr, beta = check_number("lr", lr), check_number("beta", beta)
@@ -162,15 +175,10 @@ def _check_rule(
         raise ValueError(f"`beta2` should be between 0 and 1. Got {beta2}")
     if epsilon <= 0 and optimizer != "sgd":
         raise ValueError(f"`epsilon` should be above 0. Got {epsilon}")
-    return reference.Rule(optimizer, lr, beta, 1.0 - check_number("dampening", dampening), beta2, epsilon)
+    return _Rule(optimizer, lr, beta, check_number("dampening", dampening), beta2, epsilon)
 
 
-State = tuple[Tensor, Tensor | None, Tensor | None]
-
-
-def _check_state(
-    params: Any, momentum: Any, second: Any, rows: list[Tensor], rule: reference.Rule, single: bool
-) -> list[State]:
+def _check_state(params: Any, momentum: Any, second: Any, rows: list[Tensor], rule: _Rule, single: bool) -> list[State]:
     """Parameters, momentum and second moment of each target."""
     count = len(params)
     if count == 0:
@@ -195,7 +203,7 @@ def _check_state(
     return list(zip(columns["params"], columns["momentum"], columns["second"], strict=True))
 
 
-def _check_presence(columns: dict[str, list[Any]], rule: reference.Rule) -> None:
+def _check_presence(columns: dict[str, list[Any]], rule: _Rule) -> None:
     if rule.beta != 0.0 and any(value is None for value in columns["momentum"]):
         raise ValueError(f"`momentum` should be a tensor where beta is not 0. Got None, beta = {rule.beta}")
     if rule.optimizer == "sgd" and any(value is not None for value in columns["second"]):
@@ -204,18 +212,18 @@ def _check_presence(columns: dict[str, list[Any]], rule: reference.Rule) -> None
         raise ValueError(f"`second` should be a tensor with {rule.optimizer}. Got None")
 
 
-def _check_factors(weights: Any, targets: int, segments: int | None, updates: int, single: bool) -> Tensor:
+def _check_factors(weights: Any, targets: int, parts: list[int] | None, updates: int, single: bool) -> Tensor:
     """Weights as `[M, S, N]` float64."""
-    leading = () if single else (targets,)
-    parts = () if segments is None else (segments,)
-    return check_weights(weights, (*leading, *parts, updates)).view(targets, segments or 1, updates)
+    segments = () if parts is None else (len(parts) - 1,)
+    shape = (*(() if single else (targets,)), *segments, updates)
+    return check_weights(weights, shape).view(targets, *(segments or (1,)), updates)
 
 
 def _clipping(
     factors: Tensor,
     updates: Sequence[Any],
     gram: Tensor | None,
-    segments: Segments | None,
+    segments: list[int] | None,
     max_norm: float | None,
     backend: Backend,
 ) -> Tensor:
@@ -235,22 +243,22 @@ def _clipping(
 
 
 def _native_step(
-    vectors: tuple[list[Any], ...],
+    columns: list[list[Any]],
     rows: list[Tensor],
     weights: Tensor,
     bounds: list[int],
-    rule: reference.Rule,
+    rule: _Rule,
     execution: tuple[int, bool],
 ) -> list[tuple[float, int]]:
     """Runs the native step; returns norm and non-finite count of each target."""
     extension, device = _native.extension(), rows[0].device
     arguments = (
-        [[0 if value is None else value.data_ptr() for value in column] for column in vectors],
+        [[0 if value is None else value.data_ptr() for value in column] for column in columns],
         [row.data_ptr() for row in rows],
         DTYPE_CODES[rows[0].dtype],
         bounds,
         weights.flatten().tolist(),
-        (_OPTIMIZER_CODES[rule.optimizer], rule.lr, rule.beta, rule.gain, rule.beta2, rule.epsilon),
+        (_OPTIMIZER_CODES[rule.optimizer], rule.lr, rule.beta, 1.0 - rule.dampening, rule.beta2, rule.epsilon),
     )
     if runs_cuda_kernels(device):
         size = extension.server_step_workspace_bytes(*arguments)

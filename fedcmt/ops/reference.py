@@ -1,180 +1,187 @@
-"""The definition of each operation in plain torch: same names and results as in `fedcmt.ops`.
+"""The definition of each operation in plain torch: same names, arguments and results as in `fedcmt.ops`.
 
-These run on any device that torch runs on, and check nothing: call them through `fedcmt.ops`.
+These run on any device that torch runs on, take tensors only, and check nothing: call them through
+`fedcmt.ops`, where the arguments are described.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from fedcmt.ops._stats import ScreenStats, StepStats
 
 # Elements widened to float64 at a time; bounds the memory to N x 8 MiB.
 _CHUNK = 1 << 20
 
 
-def gramian(updates: Sequence[Tensor], bounds: Sequence[int]) -> Tensor:
-    """Inner products of all pairs of updates in each segment, multiplied and added in float64.
-
-    Args:
-        updates: N tensors  # [P]
-        bounds: Of the segments  # [S + 1]
-
-    Returns:
-        Float64 matrices on the updates' device  # [S, N, N]
-    """
-    count, device = len(updates), updates[0].device
-    grams = torch.zeros(len(bounds) - 1, count, count, dtype=torch.float64, device=device)
+def gramian(updates: Sequence[Tensor], *, segments: Sequence[int] | None = None) -> Tensor:
+    """Inner products of all pairs of updates, multiplied and added in float64, `[N, N]` or `[S, N, N]`."""
+    bounds = _bounds(segments, updates)
+    grams = updates[0].new_zeros(len(bounds) - 1, len(updates), len(updates), dtype=torch.float64)
     for gram, begin, end in zip(grams, bounds, bounds[1:], strict=False):
         for start in range(begin, end, _CHUNK):
             rows = torch.stack([u[start : min(start + _CHUNK, end)] for u in updates]).double()  # [N, chunk]
             gram += rows @ rows.T
-    return torch.triu(grams) + torch.triu(grams, diagonal=1).mT
+    grams = torch.triu(grams) + torch.triu(grams, diagonal=1).mT
+    return grams[0] if segments is None else grams
 
 
-def gramian_row(updates: Sequence[Tensor], bounds: Sequence[int]) -> Tensor:
-    """Inner products of the last update with each of the updates, `[S, N]` float64."""
-    last = updates[-1]
-    row = torch.zeros(len(bounds) - 1, len(updates), dtype=torch.float64, device=last.device)
+def gramian_append(
+    gram: Tensor | None, updates: Sequence[Tensor], update: Tensor, *, segments: Sequence[int] | None = None
+) -> Tensor:
+    """The Gram matrix grown by one row and column, `[N + 1, N + 1]` or `[S, N + 1, N + 1]`."""
+    bounds = _bounds(segments, [update])
+    row = update.new_zeros(len(bounds) - 1, len(updates) + 1, dtype=torch.float64)  # [S, N + 1]
     for products, begin, end in zip(row, bounds, bounds[1:], strict=False):
         for start in range(begin, end, _CHUNK):
             part = slice(start, min(start + _CHUNK, end))
-            rows = torch.stack([u[part] for u in updates]).double()  # [N, chunk]
-            products += rows @ last[part].double()
-    return row
+            rows = torch.stack([u[part] for u in [*updates, update]]).double()  # [N + 1, chunk]
+            products += rows @ update[part].double()
+    return grown(gram, row if segments is not None else row[0])
 
 
-@dataclass(frozen=True)
-class Rule:
-    """How d becomes a step: an optimizer and its numbers, as in `fedcmt.ops.server_step`."""
+def grown(gram: Tensor | None, row: Tensor) -> Tensor:
+    """A symmetric matrix with `row`, `[..., N + 1]`, as its new last row and column."""
+    result = row.new_empty(*row.shape, row.shape[-1])
+    if gram is not None and row.shape[-1] > 1:
+        result[..., :-1, :-1] = gram
+    result[..., -1, :] = row
+    result[..., :, -1] = row
+    return result
 
-    optimizer: str
-    lr: float
-    beta: float
-    gain: float  # 1 - dampening
-    beta2: float
-    epsilon: float
+
+def project_conflicts(gram: Tensor, *, order: Tensor | None = None) -> Tensor:
+    """PCGrad's sequential projections in terms of the updates, `[N, N]` or `[S, N, N]`."""
+    count = gram.shape[-1]
+    sequences = [list(range(count))] * count if order is None else order.tolist()
+    coefficients = torch.eye(count, dtype=torch.float64, device=gram.device).expand(gram.shape).clone()
+    for products, rows in zip(gram.view(-1, count, count), coefficients.view(-1, count, count), strict=True):
+        for i, row in enumerate(rows):
+            for j in sequences[i]:
+                inner = torch.dot(row, products[:, j])
+                if j != i and inner < 0 and products[j, j] > 0:
+                    row[j] -= inner / products[j, j]
+    return coefficients
 
 
 def server_step(
-    params: Sequence[Tensor],
-    momentum: Sequence[Tensor | None],
-    second: Sequence[Tensor | None],
+    params: Any,
+    momentum: Any,
     updates: Sequence[Tensor],
-    weights: Tensor,
-    bounds: Sequence[int],
-    rule: Rule,
-) -> list[tuple[float, int]]:
-    """Weighted sums, server optimizer and parameter update of M targets, in place and in float32.
+    weights: Tensor | Sequence[float],
+    *,
+    lr: float,
+    beta: float = 0.0,
+    dampening: float | None = None,
+    optimizer: str = "sgd",
+    second: Any = None,
+    beta2: float = 0.99,
+    epsilon: float = 1e-3,
+    max_norm: float | None = None,
+    gram: Tensor | None = None,
+    segments: Sequence[int] | None = None,
+) -> StepStats | list[StepStats]:
+    """Weighted sums, clipping, server optimizer and parameter update, in place and in float32."""
+    if isinstance(params, (list, tuple)):
+        options: dict[str, Any] = {
+            "lr": lr, "beta": beta, "dampening": dampening, "optimizer": optimizer, "beta2": beta2,
+            "epsilon": epsilon, "max_norm": max_norm, "segments": segments,
+        }  # fmt: skip
+        nothing = [None] * len(params)
+        state = zip(params, momentum or nothing, second or nothing, weights, strict=True)
+        return [_step(p, m, v, updates, w, **options) for p, m, v, w in state]
+    return _step(
+        params, momentum, second, updates, weights, lr=lr, beta=beta, dampening=dampening, optimizer=optimizer,
+        beta2=beta2, epsilon=epsilon, max_norm=max_norm, segments=segments,
+    )  # fmt: skip
 
-    Args:
-        params: M float32 tensors, changed in place  # [P]
-        momentum: M float32 tensors, changed in place, or None  # [P]
-        second: M float32 tensors, changed in place, or None with SGD  # [P]
-        updates: N tensors  # [P]
-        weights: float64 values that are rounded to float32  # [M, S, N]
-        bounds: Of the segments  # [S + 1]
-        rule: Optimizer and its numbers.
 
-    Returns:
-        For each target, the Euclidean norm of lr * step and the number of non-finite values in d.
-    """
-    return [
-        _step_one(*state, combine(updates, factors, bounds), rule)
-        for *state, factors in zip(params, momentum, second, weights.float(), strict=True)
-    ]
+def _step(
+    params: Tensor,
+    momentum: Tensor | None,
+    second: Tensor | None,
+    updates: Sequence[Tensor],
+    weights: Tensor | Sequence[float],
+    *,
+    lr: float,
+    beta: float,
+    dampening: float | None,
+    optimizer: str,
+    beta2: float,
+    epsilon: float,
+    max_norm: float | None,
+    segments: Sequence[int] | None,
+) -> StepStats:
+    combined = _combine(updates, weights, segments)
+    clipping = 1.0
+    if max_norm is not None:
+        length = float(torch.linalg.vector_norm(combined, dtype=torch.float64))
+        clipping = max_norm / length if length > max_norm and math.isfinite(length) else 1.0
+        combined = combined * clipping
+    nonfinite = int(combined.numel() - torch.isfinite(combined).sum().item())
+    if dampening is None:
+        dampening = 0.0 if optimizer == "sgd" else beta
+    step = combined * (1 - dampening)
+    if momentum is not None:
+        # With beta 0 the old momentum is not read: 0 * inf must not poison the step.
+        step = step if beta == 0.0 else momentum * beta + step
+        momentum.copy_(step)
+    if second is not None:
+        second.copy_(_second_moment(second, combined.square(), optimizer, beta2))
+        step = step / (second.sqrt() + epsilon)
+    params.add_(step, alpha=lr)
+    return StepStats(abs(lr) * float(torch.linalg.vector_norm(step, dtype=torch.float64)), nonfinite, clipping)
 
 
-def combine(updates: Sequence[Tensor], weights: Tensor, bounds: Sequence[int]) -> Tensor:
+def _combine(updates: Sequence[Tensor], weights: Tensor | Sequence[float], segments: Sequence[int] | None) -> Tensor:
     """d = sum_i weights[s, i] * updates[i] in each segment s, float32 `[P]`."""
-    combined = torch.zeros(bounds[-1], dtype=torch.float32, device=updates[0].device)
-    for factors, begin, end in zip(weights.tolist(), bounds, bounds[1:], strict=False):
-        for update, weight in zip(updates, factors, strict=True):
+    bounds = _bounds(segments, updates)
+    factors = torch.as_tensor(weights, dtype=torch.float32).view(len(bounds) - 1, len(updates))
+    combined = torch.zeros_like(updates[0], dtype=torch.float32)
+    for row, begin, end in zip(factors.tolist(), bounds, bounds[1:], strict=False):
+        for update, weight in zip(updates, row, strict=True):
             combined[begin:end].add_(update[begin:end], alpha=weight)
     return combined
 
 
-def _step_one(
-    params: Tensor, momentum: Tensor | None, second: Tensor | None, combined: Tensor, rule: Rule
-) -> tuple[float, int]:
-    nonfinite = int(combined.numel() - torch.isfinite(combined).sum().item())
-    step = combined * rule.gain
-    if momentum is not None:
-        # With beta 0 the old momentum is not read: 0 * inf must not poison the step.
-        step = step if rule.beta == 0.0 else momentum * rule.beta + step
-        momentum.copy_(step)
-    if second is not None:
-        second.copy_(_second_moment(second, combined.square(), rule))
-        step = step / (second.sqrt() + rule.epsilon)
-    params.add_(step, alpha=rule.lr)
-    return abs(rule.lr) * float(torch.linalg.vector_norm(step, dtype=torch.float64)), nonfinite
-
-
-def _second_moment(second: Tensor, squares: Tensor, rule: Rule) -> Tensor:
+def _second_moment(second: Tensor, squares: Tensor, optimizer: str, beta2: float) -> Tensor:
     """v of FedAdam, FedYogi and FedAdagrad (arXiv 2003.00295, algorithm 2)."""
-    if rule.optimizer == "adam":
-        return rule.beta2 * second + (1 - rule.beta2) * squares
-    if rule.optimizer == "yogi":
-        return second - (1 - rule.beta2) * squares * torch.sign(second - squares)
+    if optimizer == "adam":
+        return beta2 * second + (1 - beta2) * squares
+    if optimizer == "yogi":
+        return second - (1 - beta2) * squares * torch.sign(second - squares)
     return second + squares
 
 
-def weighted_mean(updates: Sequence[Tensor], weights: Tensor, masks: Tensor) -> list[Tensor]:
-    """Weighted means over groups of updates.
-
-    Args:
-        updates: N tensors; those of a group have one length  # [P_m]
-        weights: Weight of each member in each group, summing to 1 over the group  # [M, N] float64
-        masks: Who is a member  # [M, N] bool
-
-    Returns:
-        M float32 tensors  # [P_m]
-    """
+def weighted_mean(
+    updates: Sequence[Tensor], weights: Tensor | Sequence[float], masks: Tensor | None = None
+) -> Tensor | list[Tensor]:
+    """Weighted mean of all updates, `[P]`, or of the members of each mask, M tensors `[P_m]`; float32."""
+    factors = torch.as_tensor(weights, dtype=torch.float64)
+    groups = [[True] * len(updates)] if masks is None else torch.as_tensor(masks).tolist()
     means = []
-    for factors, mask in zip(weights.float().tolist(), masks.tolist(), strict=True):
-        members = [i for i, member in enumerate(mask) if member]
-        mean = torch.zeros(updates[members[0]].numel(), device=updates[0].device)
-        for i in members:
-            mean.add_(updates[i], alpha=factors[i])
+    for group in groups:
+        members = [i for i, member in enumerate(group) if member]
+        shares = factors[members] / factors[members].sum()
+        mean = torch.zeros_like(updates[members[0]], dtype=torch.float32)
+        for i, share in zip(members, shares.float().tolist(), strict=True):
+            mean.add_(updates[i], alpha=share)
         means.append(mean)
-    return means
+    return means[0] if masks is None else means
 
 
-def screen(update: Tensor, into: Tensor | None) -> tuple[int, float, float]:
-    """Copies an update and measures it as stored.
-
-    Args:
-        update: Any of the three dtypes  # [P]
-        into: Receives the values, rounded to its dtype, or None  # [P]
-
-    Returns:
-        Number of non-finite values; sum of squares and largest absolute value of the finite ones.
-    """
+def screen(update: Tensor, *, into: Tensor | None = None) -> ScreenStats:
+    """Copies an update and measures it as stored."""
     stored = update if into is None else into.copy_(update)
-    finite = torch.isfinite(stored)
-    values = torch.where(finite, stored, torch.zeros_like(stored)).double()
+    values = stored[torch.isfinite(stored)].double()
     largest = float(values.abs().max()) if values.numel() else 0.0
-    return int(values.numel() - finite.sum().item()), float(values.square().sum()), largest
+    return ScreenStats(stored.numel() - values.numel(), float(torch.linalg.vector_norm(values)), largest)
 
 
-def project_conflicts(grams: Tensor, order: Tensor) -> Tensor:
-    """PCGrad's sequential projections in terms of the updates.
-
-    Args:
-        grams: float64  # [S, N, N]
-        order: int64; row i is the sequence in which update i meets the others  # [N, N]
-
-    Returns:
-        Row i holds the factors of the N updates in the projected update i  # [S, N, N] float64
-    """
-    count = grams.shape[-1]
-    coefficients = torch.eye(count, dtype=torch.float64, device=grams.device).repeat(len(grams), 1, 1)
-    for gram, rows in zip(grams, coefficients, strict=True):
-        for i, row in enumerate(rows):
-            for j in order[i].tolist():
-                inner = torch.dot(row, gram[:, j])
-                if j != i and inner < 0 and gram[j, j] > 0:
-                    row[j] -= inner / gram[j, j]
-    return coefficients
+def _bounds(segments: Sequence[int] | None, updates: Sequence[Tensor]) -> list[int]:
+    return [0, updates[0].numel()] if segments is None else [int(bound) for bound in segments]
