@@ -144,7 +144,7 @@ def read_max_threads(text: str) -> dict[str, int]:
     """Product of the block extents of __launch_bounds__, from cuobjdump -elf."""
     found = {}
     for section in re.split(r"\n\.nv\.info\.", text)[1:]:
-        extents = re.search(r"EIATTR_(?:MAX_THREADS|REQNTID)\s*\n\s*Format:.*\n\s*Value:\s*((?:0x[0-9a-f]+\s*)+)", section)
+        extents = re.search(r"EIATTR_(?:MAX_THREADS|REQNTID)\s*\n\s*Format:.*\n\s*Value:(.*)", section)
         if extents:
             x, y, z = (int(extent, 16) for extent in extents[1].split()[:3])
             found[section.split()[0]] = x * y * z
