@@ -7,8 +7,10 @@
 #   --dry-run    the CPU in place of the GPU, small sizes, no compute-sanitizer
 #   PYTHON=...   the Python to use, default python3
 #   FEDCMT_CUDA_ARCH=...   default: the GPU's own architecture
+
+# The functions of the steps are called by name, each in a bash of its own.
+# shellcheck disable=SC2317
 set -uo pipefail
-# shellcheck disable=SC2317  # the functions of the steps are called by name, in a bash of their own
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=$(command -v "${PYTHON:-python3}" || command -v python) || { echo "error: no Python; set PYTHON" >&2; exit 2; }
