@@ -16,6 +16,9 @@
 
 #include "ops.h"
 
+// There where the program is linked with AddressSanitizer.
+extern "C" void __asan_init() __attribute__((weak));
+
 namespace checks {
 
 using fedcmt::Dtype;
@@ -53,16 +56,14 @@ class Random {
   uint64_t state_;
 };
 
-// Memory of an exact size, so that AddressSanitizer sees the first byte beyond it; for other builds
+// Memory of an exact size, so that AddressSanitizer sees the first byte beyond it; in other programs
 // it is followed by bytes that have to stay as they are. Filled with 0xff: NaN in every type.
 class Memory {
  public:
   explicit Memory(int64_t bytes) : bytes_(bytes) {
-    const int64_t tail = kHasRedZones ? 0 : kTail;
-    if (posix_memalign(&data_, 256, static_cast<size_t>(bytes + tail + (bytes == 0))) != 0) {
-      std::abort();
-    }
-    std::memset(data_, 0xff, static_cast<size_t>(bytes + tail));
+    const auto size = static_cast<size_t>(bytes + tail_bytes());
+    if (posix_memalign(&data_, 256, size) != 0) std::abort();
+    std::memset(data_, 0xff, size);
   }
   ~Memory() { std::free(data_); }
   Memory(Memory&& other) : data_(other.data_), bytes_(other.bytes_) { other.data_ = nullptr; }
@@ -72,19 +73,14 @@ class Memory {
   char* data() const { return static_cast<char*>(data_); }
   int64_t bytes() const { return bytes_; }
   bool is_intact() const {
-    for (int64_t i = 0; !kHasRedZones && i < kTail; ++i) {
+    for (int64_t i = 0; i < tail_bytes(); ++i) {
       if (data()[bytes_ + i] != static_cast<char>(0xff)) return false;
     }
     return true;
   }
 
  private:
-#ifdef CUDA_ON_CPU_ASAN
-  static constexpr bool kHasRedZones = true;
-#else
-  static constexpr bool kHasRedZones = false;
-#endif
-  static constexpr int64_t kTail = 64;
+  static int64_t tail_bytes() { return __asan_init != nullptr ? 0 : 64; }
   void* data_;
   int64_t bytes_;
 };

@@ -5,8 +5,6 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "memory.h"
-
 namespace cuda_on_cpu {
 
 Index thread_index;
@@ -68,7 +66,6 @@ void reset(Thread* thread, int number) {
   thread->site = {"nothing", "", 0};
   thread->mask = 0;
   thread->fenced = false;
-  thread->arrival = new_clock();
   prepare(thread->fiber, thread_main);
 }
 

@@ -24,9 +24,7 @@ struct Thread {
   Word result;
   int source_lane;  // of a shuffle
   bool fenced;      // a fence since the last atomic operation
-  // Clocks, see ordering.h: of all this thread has done, and of the collective that it comes out of.
-  void* arrival;
-  void* ordered_after;
+  void* clock;      // of the collective, see ordering.h
 };
 
 extern Thread threads[kMaxThreads];

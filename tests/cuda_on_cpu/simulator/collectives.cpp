@@ -15,6 +15,7 @@ unsigned exchanges[kMaxThreads / kWarpSize];
 constexpr uint32_t kFullMask = 0xffffffffu;
 
 int at_barrier;  // threads of the block that wait
+void* barrier_clock;
 
 bool same_text(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
 
@@ -28,19 +29,16 @@ Thread* warp_of(const Thread* thread) {
 
 bool is_member(uint32_t mask, int lane) { return (mask >> lane & 1) != 0; }
 
-// Ends a wait: all that members did before it happens before all that they do after it. Called by
-// the last to arrive; a clock of its own for every collective, or a fast thread would hand on what
-// it did later.
-void order_members(Thread* first, int count, uint32_t mask) {
-  if (!kChecksRaces) return;
-  void* clock = new_clock();
-  for (int i = 0; i < count; ++i) {
-    if (is_member(mask, i % kWarpSize)) acquire(first[i].arrival);
+// The clock of the collective that this lane arrives at: one that waits there already has it.
+void* clock_of_warp(uint32_t mask, const Site& site) {
+  const Thread* warp = warp_of(current);
+  for (int lane = 0; lane < kWarpSize; ++lane) {
+    const bool waits = warp + lane < threads + num_threads && warp[lane].state == State::kInWarp;
+    if (waits && warp[lane].mask == mask && same_site(warp[lane].site, site)) {
+      return warp[lane].clock;
+    }
   }
-  release(clock);
-  for (int i = 0; i < count; ++i) {
-    if (is_member(mask, i % kWarpSize)) first[i].ordered_after = clock;
-  }
+  return new_clock();
 }
 
 // True for the last lane to arrive, which completes the operation and then calls wake_warp; the
@@ -80,7 +78,6 @@ void wake_block(const Site& site) {
   for (int i = 0; i < num_threads; ++i) {
     if (!same_site(threads[i].site, site)) fail("threads wait at different __syncthreads");
   }
-  order_members(threads, num_threads, kFullMask);
   for (int i = 0; i < num_threads; ++i) threads[i].state = State::kReady;
   at_barrier = 0;
 }
@@ -140,26 +137,26 @@ const Word* exchange(const Word& value, const Site& site) {
 // Shuffles and ballots order no memory accesses, this does.
 void sync_warp(uint32_t mask, const Site& site) {
   Thread* self = current;
-  release(self->arrival);
-  if (arrive_in_warp(mask, site)) {
-    order_members(warp_of(self), kWarpSize, mask);
-    wake_warp(mask);
-  }
-  acquire(self->ordered_after);
+  self->clock = clock_of_warp(mask, site);
+  release(self->clock);
+  if (arrive_in_warp(mask, site)) wake_warp(mask);
+  acquire(self->clock);
 }
 
 void sync_block(const Site& site) {
   Thread* self = current;
   self->site = site;
   self->mask = 0;
-  release(self->arrival);
+  self->clock = at_barrier == 0 ? new_clock() : barrier_clock;
+  barrier_clock = self->clock;
+  release(self->clock);
   if (++at_barrier == num_threads) {
     self->state = State::kAtBarrier;
     wake_block(site);
   } else {
     wait_as(State::kAtBarrier);
   }
-  acquire(self->ordered_after);
+  acquire(self->clock);
 }
 
 void fence() { current->fenced = true; }

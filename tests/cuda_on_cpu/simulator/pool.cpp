@@ -13,7 +13,7 @@ constexpr size_t kStackBytes = size_t{256} << 10;
 constexpr size_t kStackBytes = size_t{64} << 10;
 #endif
 
-constexpr size_t kMaxFibers = kChecksRaces ? 6144 : kMaxThreads;
+constexpr size_t kMaxFibers = kChecksRaces ? 2048 : kMaxThreads;
 
 constexpr size_t kMaxSlots = kMaxFibers / kWarpSize;
 

@@ -1,8 +1,8 @@
 // Fibers and shared memory for the blocks of a launch, kept from one launch to the next.
 //
 // One block after the other uses the same ones. Where races are looked for, blocks of a launch
-// should not: a thread is ordered after the one before it on the same fiber. Then there are as many
-// slots as ThreadSanitizer has names for threads.
+// should not: a thread is ordered after the one before it on the same fiber. Then there are several
+// slots; not many, as the time of every operation on a clock grows with the number of fibers.
 #pragma once
 
 #include <cstddef>
