@@ -36,7 +36,6 @@ class Kernel:
 
     Attributes:
         name: As in the source, without namespaces and parameters: "gramian_finish" or "gramian<float, 8, true>".
-        source: File that it was compiled from.
         architecture: 80 for sm_80.
         registers: Of a thread.
         stack: Bytes of a thread; spilled registers and arrays that did not fit into registers live there.
@@ -47,7 +46,6 @@ class Kernel:
     """
 
     name: str
-    source: str
     architecture: int
     registers: int
     stack: int
@@ -110,14 +108,14 @@ def compile_kernels(folder: Path, architectures: Sequence[int] = ARCHITECTURES, 
         source, architecture = task
         cubin = folder / f"{source.stem}.sm_{architecture}.cubin"
         run_tool("nvcc", "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-cubin", source, "-o", cubin)
-        return read_cubin(cubin, source.name, architecture)
+        return read_cubin(cubin, architecture)
 
     tasks = [(source, architecture) for architecture in architectures for source in sources]
     with ThreadPoolExecutor(jobs) as pool:
         return [kernel for kernels in pool.map(compile_one, tasks) for kernel in kernels]
 
 
-def read_cubin(cubin: Path, source: str, architecture: int) -> list[Kernel]:
+def read_cubin(cubin: Path, architecture: int) -> list[Kernel]:
     """The kernels of one cubin, by name."""
     code = read_code(run_tool("nvdisasm", "-c", cubin))
     resources = read_resources(run_tool("cuobjdump", "--dump-resource-usage", cubin))
@@ -129,8 +127,7 @@ def read_cubin(cubin: Path, source: str, architecture: int) -> list[Kernel]:
     for symbol, name in zip(symbols, demangle(symbols), strict=True):
         registers, stack, shared = resources[symbol]
         shared = max(0, shared - reserved)
-        kernel = Kernel(name, source, architecture, registers, stack, shared, threads.get(symbol, 1024), *code[symbol])
-        kernels.append(kernel)
+        kernels.append(Kernel(name, architecture, registers, stack, shared, threads.get(symbol, 1024), *code[symbol]))
     return sorted(kernels, key=lambda kernel: kernel.name)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fedcmt import ops
+from fedcmt.ops import _native
 
 # One row, both sides of the register kernels' limits, and more rows than a tile or a launch holds.
 COUNTS = (1, 2, 3, 8, 9, 16, 17, 33, 64, 65)
@@ -179,6 +180,23 @@ def exercise_all(run: Exercise) -> None:
                 exercise_screen(run, length, dtype, offset)
 
 
+def exercise_launches(run: Exercise) -> None:
+    """A whole step, Gram matrix and update, takes at most 3 launches up to 8 rows."""
+    if not _native.has_cuda_kernels():
+        return
+    extension = _native.extension()
+    for dtype in DTYPES:
+        for count in range(1, 9):
+            rows = run.rows(count, 4096, dtype)[run.device]
+            params, momentum = torch.zeros(2, 4096, device=run.device)
+            extension.take_launch_count()
+            ops.gramian(rows, backend="native")
+            ops.server_step(params, momentum, rows, [1.0] * count, lr=0.1, beta=0.9, backend="native")
+            launches = extension.take_launch_count()
+            if not 1 <= launches <= 3:
+                run.failures.append(f"{dtype}, N = {count}: {launches} launches for a whole step")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Calls every operation on small inputs.")
     parser.add_argument("--device", default="cuda")
@@ -187,6 +205,7 @@ def main() -> int:
     print(f"fedcmt.ops: {ops.backend_info()}")
     run = Exercise(arguments.device, torch.Generator().manual_seed(arguments.seed))
     exercise_all(run)
+    exercise_launches(run)
     for failure in run.failures[:40]:
         print(f"FAILED {failure}")
     print(f"{run.calls} calls compared, {len(run.failures)} failures")

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cubins import ARCHITECTURES, ROOT, Kernel, compile_kernels, missing_tools
-from kernel_formulas import Formula, formula_of
-from sass import FLOAT32, FLOAT64, Loop, main_loop
+from kernel_parts import Part, parts_of
+from sass import FLOAT32, FLOAT64
 
 DOCUMENT = ROOT / "docs" / "kernels.md"
 COMMAND = "python scripts/kernel_report.py --write"
@@ -114,58 +114,12 @@ def roofline_lines() -> Iterator[str]:
                 yield f"| {work.label} | {dtype} | {count} | {work.moved / 1e9:.2f} | {cells} |"
 
 
-@dataclass(frozen=True)
-class Report:
-    """A kernel with its main loop and, for those that read the updates, what it has to move."""
-
-    kernel: Kernel
-    loop: Loop | None
-    formula: Formula | None
-
-    @classmethod
-    def of(cls, kernel: Kernel) -> Report:
-        loop = main_loop(kernel)
-        return cls(kernel, loop, None if loop is None else formula_of(kernel, loop))
-
-    @property
-    def read_per_element(self) -> float:
-        return 32 * self.loop.traffic.read / self.formula.elements
-
-    @property
-    def written_per_element(self) -> float:
-        return 32 * self.loop.traffic.written / self.formula.elements
-
-    @property
-    def bytes_in_flight(self) -> int:
-        """Of one multiprocessor, when each of its threads has issued the loads of one iteration."""
-        return blocks_per_multiprocessor(self.kernel) * self.kernel.threads * self.loop.traffic.read
-
-    @property
-    def instructions_per_packet(self) -> float:
-        return len(self.loop.instructions) / (self.loop.traffic.total / 16)
-
-    def cells(self) -> list[str]:
-        """Registers to bytes in flight, as in the header of the table."""
-        cells = [str(self.kernel.registers), f"{occupancy(self.kernel):.0%}", f"{self.kernel.shared / 1024:.1f}"]
-        if self.loop is None or self.formula is None:
-            return [*cells, *["-"] * 5]
-        counts = (self.loop.count("DMMA"), self.loop.count(*FLOAT64), self.loop.count(*FLOAT32))
-        return [
-            *cells,
-            f"{self.read_per_element:g}",
-            f"{self.written_per_element:g}",
-            " + ".join(str(count) for count in counts),
-            f"{self.instructions_per_packet:.1f}",
-            f"{self.bytes_in_flight / 1024:.0f}",
-        ]
-
-
 HEADER = (
     "kernel",
     "registers",
     "occupancy",
     "shared, KiB",
-    "B read an element",
+    "B read",
     "B written",
     "DMMA + FP64 + FP32",
     "instructions / 16 B",
@@ -173,21 +127,51 @@ HEADER = (
 )
 
 
-def kernel_lines(reports: Sequence[Report]) -> Iterator[str]:
-    """One row a kernel; `a / b` where the architectures differ."""
+def bytes_in_flight(part: Part) -> int:
+    """Of one multiprocessor, when each of its threads has issued the loads of one iteration."""
+    return blocks_per_multiprocessor(part.kernel) * part.kernel.threads * (part.loop.traffic.read - part.tables)
+
+
+def resource_cells(kernel: Kernel) -> list[str]:
+    return [str(kernel.registers), f"{occupancy(kernel):.0%}", f"{kernel.shared / 1024:.1f}"]
+
+
+def part_cells(part: Part) -> list[str]:
+    counts = (part.loop.count("DMMA"), part.loop.count(*FLOAT64), part.loop.count(*FLOAT32))
+    return [
+        *resource_cells(part.kernel),
+        "-" if part.read is None else f"{part.read_per_element:g}",
+        f"{part.written_per_element:g}",
+        " + ".join(str(count) for count in counts),
+        f"{len(part.loop.instructions) / (part.loop.traffic.total / 16):.1f}",
+        "-" if part.read is None else f"{bytes_in_flight(part) / 1024:.0f}",
+    ]
+
+
+def kernel_lines(kernels: Sequence[Kernel]) -> Iterator[str]:
+    """One row a kernel, or one for each of its loops; `a / b` where the architectures differ."""
     yield f"| {' | '.join(HEADER)} |"
     yield "|" + "---|" * len(HEADER)
     rows: dict[str, list[list[str]]] = {}
-    for report in reports:
-        rows.setdefault(report.kernel.name, []).append(report.cells())
-    for name, both in sorted(rows.items()):
+    for kernel in sorted(kernels, key=lambda kernel: kernel.name):
+        parts = [part for part in parts_of(kernel) if "__half" not in part.label or "__half" in kernel.name]
+        for part in parts:
+            rows.setdefault(f"`{kernel.name}`{part.name and ' '}{part.name}", []).append(part_cells(part))
+        if not parts:
+            rows.setdefault(f"`{kernel.name}`", []).append([*resource_cells(kernel), *["-"] * 5])
+    for name, both in rows.items():
         cells = [" / ".join(dict.fromkeys(column)) for column in zip(*both, strict=True)]
-        yield f"| `{name}` | {' | '.join(cells)} |"
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
+# Numbers of rows, or of blocks of 8 rows, that the document shows; all of the kernels that are not named here.
+SHOWN_COUNTS = {"gramian_pairs": (1, 4), "gramian_tiles": (1, 2, 8), "single_step_kernel": (0, 2, 8)}
 
 
 def is_shown(kernel: Kernel) -> bool:
-    """In the document: float16 differs from bfloat16 in its conversions only."""
-    return "__half" not in kernel.arguments
+    """In the document: float16 differs from bfloat16 in its conversions only, and not every N is there."""
+    counts = SHOWN_COUNTS.get(kernel.function)
+    return "__half" not in kernel.arguments and (counts is None or int(kernel.arguments[1]) in counts)
 
 
 def write_tables(path: Path, tables: dict[str, Sequence[str]]) -> None:
@@ -211,7 +195,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         kernels = compile_kernels(Path(folder), ARCHITECTURES)
     shown = [kernel for kernel in kernels if is_shown(kernel)] if arguments.write else kernels
-    tables = {"kernels": list(kernel_lines([Report.of(k) for k in shown])), "roofline": list(roofline_lines())}
+    tables = {"kernels": list(kernel_lines(shown)), "roofline": list(roofline_lines())}
     if arguments.write:
         write_tables(DOCUMENT, tables)
     else:

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 
 from cubins import Instruction, Kernel
 
-GLOBAL_LOADS = ("LDG", "LDGSTS")  # the second copies to shared memory: cp.async
-GLOBAL_STORES = ("STG",)
+# LDGSTS copies to shared memory (cp.async); LD and ST go through pointers of which the compiler does not know that
+# they are global.
+GLOBAL_LOADS = ("LDG", "LDGSTS", "LD")
+GLOBAL_STORES = ("STG", "ST")
 FLOAT64 = ("DFMA", "DADD", "DMUL")
 FLOAT32 = ("FFMA", "FADD", "FMUL")
 WIDE = 16
