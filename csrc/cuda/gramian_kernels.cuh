@@ -45,6 +45,11 @@ constexpr int packets_in_flight(int row_blocks) {
   return row_blocks <= 2 ? 4 : row_blocks <= 4 ? 2 : 1;
 }
 
+// Blocks of threads that should fit on a multiprocessor: two where the sums leave room for them.
+constexpr int resident_blocks(TileSet set, int row_blocks) {
+  return set == TileSet::kTriangle && row_blocks <= 5 ? 2 : 1;
+}
+
 template <typename T, int kRowBlocks, TileSet kSet>
 struct TileSums {
   static constexpr int kSize = Packet<T>::kSize;
@@ -76,7 +81,7 @@ struct TileSums {
   __device__ __forceinline__ void add_step(const T* const (&rows)[kRowBlocks], int64_t start,
                                            const Range& range) {
     const int64_t mine = start + threadIdx.x % 4 * kSize;
-#pragma unroll(kRowBlocks <= 4 ? kTilePackets : 1)
+#pragma unroll 1
     for (int u = 0; u < kTilePackets; u += kInFlight) {
       Packet<T> packets[kInFlight][kRowBlocks];
 #pragma unroll
@@ -106,7 +111,7 @@ struct TileSums {
 #pragma unroll 1
     for (int turn = 0; turn < kWarps; ++turn) {
       __syncthreads();
-      if (threadIdx.x / 32 != turn) continue;
+      if (static_cast<int>(threadIdx.x) / 32 != turn) continue;
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) {
         mine[t * kTileEntries] += sums[t][0];
@@ -118,7 +123,7 @@ struct TileSums {
 };
 
 template <typename T, int kRowBlocks, TileSet kSet>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, resident_blocks(kSet, kRowBlocks))
     gramian_tiles(GramRows rows, PieceSource pieces, bool aligned, double* __restrict__ partials) {
   using Sums = TileSums<T, kRowBlocks, kSet>;
   constexpr int kEntries = Sums::kTiles * kTileEntries;
@@ -153,7 +158,7 @@ struct PairSums {
   static constexpr int kPairs = kRows * (kRows + 1) / 2;
   static constexpr int kStep = 512;  // elements of a row that a warp takes at once
   static constexpr int kPackets = kStep / (32 * kSize);
-  static constexpr int kInFlight = kRows <= 2 ? kPackets : 2;
+  static constexpr int kInFlight = kRows <= 2 ? kPackets : kPackets / 2;
 
   double sums[kPairs];
 

@@ -1,7 +1,7 @@
 // Totals over the threads of a block and over the blocks of a grid, in a fixed order.
 //
-// A type of totals A is a double or a struct with merge(A&, const A&) and shift_down(A, offset); A{}
-// is the total of nothing.
+// A, the type of a total, is a double or a struct with merge(A&, const A&) and
+// shift_down(A, offset). A{} is the total of nothing.
 #pragma once
 
 #include "device.cuh"

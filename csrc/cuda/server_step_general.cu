@@ -17,8 +17,8 @@ namespace {
 constexpr int kStepThreads = 128;
 constexpr int kStepWarps = kStepThreads / 32;
 
-// Targets of a group. d of all of them takes 32 registers of a thread: larger groups would leave too
-// few threads to keep the loads of the state in flight.
+// Targets of a group. d of all of them takes 32 registers of a thread: larger groups would leave
+// too few threads to keep the loads of the state in flight.
 template <typename T>
 constexpr int kWideGroup = 32 / Packet<T>::kSize;
 
