@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import glob
-import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from cuda_headers import find_cuda_include
 
 FOLDER = Path(__file__).resolve().parent
 SIMULATOR = FOLDER / "simulator"
@@ -71,32 +70,13 @@ def run_checked(command: Sequence[str]) -> None:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
 
 
-def cuda_include_folders() -> list[Path]:
-    """Where CUDA's headers may be: beside nvcc, then in NVIDIA's wheels."""
-    folders = []
-    nvcc = shutil.which("nvcc")
-    if nvcc is not None:  # which may be a script that calls the real one
-        steps = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-E", "/dev/null"], capture_output=True, text=True)
-        folders += [Path(top) / "include" for top in re.findall(r"^#\$ TOP=(.+)$", steps.stderr, re.MULTILINE)]
-    for root in sys.path:
-        folders += [Path(found) for found in sorted(glob.glob(f"{root}/nvidia/cu1*/include"), reverse=True)]
-    return folders
-
-
 def find_toolchain() -> Toolchain | str:
     """The tools, or the reason why they do not do."""
     compiler = shutil.which("g++")
     if compiler is None:
         return "needs g++"
-    problem = "none were found"
-    for folder in cuda_include_folders():
-        probe = ["-std=c++17", "-fsyntax-only", *PLAIN.kernel_flags, f"-I{folder}", str(SIMULATOR / "simulator.h")]
-        done = subprocess.run([compiler, "-x", "c++", *probe], capture_output=True, text=True)
-        if done.returncode == 0:
-            return Toolchain(compiler, folder)
-        errors = [line for line in done.stderr.splitlines() if "error" in line]
-        problem = errors[0] if errors else done.stderr
-    return f"needs CUDA's headers, from nvcc or the wheels nvidia-cuda-runtime and nvidia-cuda-crt: {problem}"
+    include = find_cuda_include(compiler)
+    return include if isinstance(include, str) else Toolchain(compiler, include)
 
 
 class Builder:

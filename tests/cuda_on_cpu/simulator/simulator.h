@@ -164,6 +164,27 @@ inline int __all_sync(unsigned mask, int predicate, CUDA_ON_CPU_SITE) {
   return cuda_on_cpu::ballot(mask, predicate != 0, {"__all_sync", file, line}) == mask;
 }
 
+namespace cuda_on_cpu {
+
+// What mma.sync.m8n8k4 does with float64: sums += A B' for blocks A and B of 8 rows and 4 columns.
+// Lane l holds element l % 4 of row l / 4 of each, and the sums of row l / 4 of A with the rows
+// 2 (l % 4) and 2 (l % 4) + 1 of B.
+inline void mma_m8n8k4(double a, double b, double (&sums)[2], CUDA_ON_CPU_SITE) {
+  struct Pair {
+    double a, b;
+  };
+  const Word* words = exchange(to_word(Pair{a, b}), {"mma.m8n8k4", file, line});
+  for (int k = 0; k < 4; ++k) {
+    const double x = from_word<Pair>(words[lane() / 4 * 4 + k]).a;
+    for (int v = 0; v < 2; ++v) {
+      const double y = from_word<Pair>(words[(lane() % 4 * 2 + v) * 4 + k]).b;
+      sums[v] = std::fma(x, y, sums[v]);
+    }
+  }
+}
+
+}  // namespace cuda_on_cpu
+
 // --- memory ---
 
 inline void __threadfence() { cuda_on_cpu::fence(); }
