@@ -11,6 +11,7 @@
 #pragma once
 
 #include "gramian_layout.cuh"
+#include "multiply_tile.cuh"
 #include "pieces.cuh"
 #include "reduce.cuh"
 
@@ -20,29 +21,10 @@ namespace cuda {
 constexpr int kMaxRegisterRows = 4;
 constexpr int kFinishThreads = 1024;
 
-// sums += A B' for blocks A and B of 8 rows and 4 elements. Lane l holds element l % 4 of row l / 4
-// of each, and the sums of row l / 4 of A with rows 2 (l % 4) and 2 (l % 4) + 1 of B.
-__device__ __forceinline__ void multiply_tile(double a, double b, double (&sums)[2]) {
-#ifdef FEDCMT_SIMULATED
-  const int lane = threadIdx.x % 32;
-  for (int k = 0; k < 4; ++k) {
-    const double x = __shfl_sync(kFullWarp, a, lane / 4 * 4 + k);
-    for (int v = 0; v < 2; ++v) {
-      const double y = __shfl_sync(kFullWarp, b, (lane % 4 * 2 + v) * 4 + k);
-      sums[v] = fma(x, y, sums[v]);
-    }
-  }
-#else
-  asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
-               : "+d"(sums[0]), "+d"(sums[1])
-               : "d"(a), "d"(b));
-#endif
-}
-
 // Packets of each row that a lane takes in a step, and how many of them are loaded at once.
 constexpr int kTilePackets = 4;
 constexpr int packets_in_flight(int row_blocks) {
-  return row_blocks <= 2 ? 4 : row_blocks <= 4 ? 2 : 1;
+  return row_blocks <= 2 ? 4 : row_blocks == 3 ? 2 : 1;
 }
 
 // Blocks of threads that should fit on a multiprocessor: two where the sums leave room for them.
@@ -68,10 +50,17 @@ struct TileSums {
   __device__ __forceinline__ void add_elements(const double (&x)[kRowBlocks]) {
     int tile = 0;
 #pragma unroll
-    for (int i = 0; i < kRowBlocks; ++i) {
+    for (int i = 0; i < kRowBlocks; i += 2) {
 #pragma unroll
       for (int j = 0; j < kRowBlocks; ++j) {
-        if (has_tile(kSet, kRowBlocks, i, j)) multiply_tile(x[i], x[j], sums[tile++]);
+        const bool one = has_tile(kSet, kRowBlocks, i, j);
+        const bool next = has_tile(kSet, kRowBlocks, i + 1, j);
+        if (one && next) {
+          multiply_two_tiles(x[i], x[i + 1], x[j], sums[tile], sums[tile + 1]);
+        } else if (one || next) {
+          multiply_tile(x[one ? i : i + 1], x[j], sums[tile]);
+        }
+        tile += one + next;
       }
     }
   }
@@ -240,11 +229,12 @@ struct GramEntry {
 };
 
 __device__ __forceinline__ GramEntry find_entry(const GramLayout& layout, int index) {
+  const int n = layout.row_blocks;
   int tile = index / kTileEntries, i = 0, j = 0;
-  for (int k = 0; k < layout.row_blocks * layout.row_blocks; ++k) {
-    i = k / layout.row_blocks;
-    j = k % layout.row_blocks;
-    if (has_tile(layout.set, layout.row_blocks, i, j) && tile-- == 0) break;
+  for (int k = 0; k < (n + 1) * n; ++k) {
+    i = k / (2 * n) * 2 + k % 2;
+    j = k / 2 % n;
+    if (has_tile(layout.set, n, i, j) && tile-- == 0) break;
   }
   const int entry = index % kTileEntries;
   const int row_place = i * kTileSide + entry / kTileSide;

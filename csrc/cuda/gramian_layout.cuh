@@ -1,7 +1,9 @@
 // Which sums the Gram kernels form and where they put them.
 //
 // Rows are taken in blocks of 8. A launch forms tiles of 8 x 8 inner products between its blocks
-// and writes them, one tile after the other, as partial sums [pieces, tiles, 8, 8].
+// and writes them, one tile after the other, as partial sums [pieces, tiles, 8, 8]. The tiles of
+// two neighbouring blocks of rows come in turns: (0, 0), (1, 0), (0, 1), (1, 1), ..., (2, 0), ...,
+// leaving out what the launch does not form. One instruction can then make two of them.
 #pragma once
 
 #include "device.cuh"
@@ -22,6 +24,7 @@ enum class TileSet : int {
 };
 
 __host__ __device__ constexpr bool has_tile(TileSet set, int row_blocks, int i, int j) {
+  if (i >= row_blocks) return false;
   return set == TileSet::kTriangle    ? i <= j
          : set == TileSet::kRectangle ? i < row_blocks / 2 && j >= row_blocks / 2
                                       : j == row_blocks - 1;
