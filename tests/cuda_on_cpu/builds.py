@@ -33,13 +33,13 @@ class Flavour:
 PLAIN = Flavour("plain", ("-O1", "-ftrivial-auto-var-init=pattern"))
 ADDRESS = Flavour(
     "address",
-    ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
     ("-DCUDA_ON_CPU_ASAN",),
     {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"},
 )
 THREAD = Flavour(
     "thread",
-    ("-O1", "-fsanitize=thread"),
+    ("-O0", "-fsanitize=thread"),
     ("-DCUDA_ON_CPU_TSAN",),
     {"TSAN_OPTIONS": "halt_on_error=1:atexit_sleep_ms=0"},
 )
@@ -107,6 +107,15 @@ class Builder:
         self.program(flavour)
         changed = self._kernel(csrc / "cuda" / kernel, target, flavour)
         return self._link(flavour, target / "check_ops", [changed])
+
+    def engine_program(self, flavour: Flavour, source: Path) -> Path:
+        """A program of kernels of its own, in one file."""
+        self.program(flavour)
+        target = self.folder / source.stem
+        kernel = self.toolchain.compile_kernel(source, target.with_suffix(".o"), flavour.kernel_flags)
+        engine = (self.folder / flavour.name).glob("engine_*.o")
+        run_checked([self.toolchain.compiler, *flavour.kernel_flags, str(kernel), *map(str, engine), "-o", str(target)])
+        return target
 
     def _kernel(self, source: Path, objects: Path, flavour: Flavour) -> Path:
         return self.toolchain.compile_kernel(source, objects / f"{source.name}.o", flavour.kernel_flags)

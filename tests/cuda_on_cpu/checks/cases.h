@@ -56,8 +56,8 @@ class Random {
   uint64_t state_;
 };
 
-// Memory of an exact size, so that AddressSanitizer sees the first byte beyond it; in other programs
-// it is followed by bytes that have to stay as they are. Filled with 0xff: NaN in every type.
+// Memory of an exact size: AddressSanitizer sees the first byte beyond it, and in other programs
+// bytes follow that have to stay as they are. Filled with 0xff: NaN in every type.
 class Memory {
  public:
   explicit Memory(int64_t bytes) : bytes_(bytes) {
@@ -91,10 +91,10 @@ template <typename T>
 class Array {
  public:
   explicit Array(int64_t length, int64_t shift = 0)
-      : memory_((length + shift) * static_cast<int64_t>(sizeof(T))), length_(length), shift_(shift) {}
-  T* data() const {
-    return length_ == 0 ? nullptr : reinterpret_cast<T*>(memory_.data()) + shift_;
-  }
+      : memory_((length + shift) * static_cast<int64_t>(sizeof(T))),
+        length_(length),
+        shift_(shift) {}
+  T* data() const { return length_ == 0 ? nullptr : reinterpret_cast<T*>(memory_.data()) + shift_; }
   T& operator[](int64_t i) const { return data()[i]; }
   int64_t length() const { return length_; }
   bool is_intact() const { return memory_.is_intact(); }
@@ -112,9 +112,7 @@ class Row {
  public:
   Row(int64_t length, Dtype dtype, int64_t shift = 0)
       : memory_((length + shift) * size_of(dtype)), length_(length), shift_(shift), dtype_(dtype) {}
-  void* data() const {
-    return length_ == 0 ? nullptr : memory_.data() + shift_ * size_of(dtype_);
-  }
+  void* data() const { return length_ == 0 ? nullptr : memory_.data() + shift_ * size_of(dtype_); }
   void set(int64_t i, double value);  // value: one that the dtype has
   double get(int64_t i) const;
   int64_t length() const { return length_; }

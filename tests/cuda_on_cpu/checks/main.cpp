@@ -1,5 +1,5 @@
-// check_ops EFFORT [OPERATION]: runs the operations of fedcmt::cuda on small cases and compares them
-// with plain float64 loops. EFFORT: tiny, small or full. Prints a line for each case.
+// check_ops EFFORT [OPERATION]: runs the operations of fedcmt::cuda on small cases and compares
+// them with plain float64 loops. EFFORT: tiny, small or full. Prints a line for each case.
 #include <cstring>
 
 #include "cases.h"

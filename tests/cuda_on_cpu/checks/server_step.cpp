@@ -29,9 +29,9 @@ const char* optimizer_name(Optimizer optimizer) {
 }
 
 std::string describe(const Setting& setting) {
-  return format("server_step %s %s N=%d M=%d P=%lld beta=%g%s%s%s", optimizer_name(setting.optimizer),
-                name_of(setting.dtype), setting.num_updates, setting.num_targets,
-                static_cast<long long>(setting.length), setting.beta,
+  return format("server_step %s %s N=%d M=%d P=%lld beta=%g%s%s%s",
+                optimizer_name(setting.optimizer), name_of(setting.dtype), setting.num_updates,
+                setting.num_targets, static_cast<long long>(setting.length), setting.beta,
                 setting.has_momentum ? "" : " no momentum", setting.shifted ? " shifted" : "",
                 setting.several ? " segments" : "");
 }
@@ -106,12 +106,17 @@ class StepCheck {
     for (const Target& target : targets_) {
       views.push_back({target.params.data(), target.momentum.data(), target.second.data()});
     }
-    const fedcmt::StepArguments step{
-        views.data(),     setting_.num_targets,   updates_.view(),
-        {bounds_.data(), static_cast<int>(bounds_.size()) - 1},
-        weights_.data(),  setting_.optimizer,     -0.7f,
-        setting_.beta,    0.9f,                   0.97f,
-        1e-3f};
+    const fedcmt::StepArguments step{views.data(),
+                                     setting_.num_targets,
+                                     updates_.view(),
+                                     {bounds_.data(), static_cast<int>(bounds_.size()) - 1},
+                                     weights_.data(),
+                                     setting_.optimizer,
+                                     -0.7f,
+                                     setting_.beta,
+                                     0.9f,
+                                     0.97f,
+                                     1e-3f};
     expect_results(step);
     const Array<double> sums(2 * setting_.num_targets);
     const Array<char> workspace(fedcmt::cuda::server_step_workspace_bytes(step));
@@ -125,8 +130,8 @@ class StepCheck {
     for (int m = 0; m < setting_.num_targets; ++m) {
       const Target& target = targets_[static_cast<size_t>(m)];
       for (size_t s = 0; s + 1 < bounds_.size(); ++s) {
-        const float* weights =
-            weights_.data() + (m * (bounds_.size() - 1) + s) * static_cast<size_t>(updates_.count());
+        const float* weights = weights_.data() + (m * (bounds_.size() - 1) + s) *
+                                                     static_cast<size_t>(updates_.count());
         for (int64_t e = bounds_[s]; e < bounds_[s + 1]; ++e) {
           double d = 0;
           for (int i = 0; i < updates_.count(); ++i) d += double{weights[i]} * updates_[i].get(e);
@@ -186,9 +191,9 @@ void check_nonfinite(Dtype dtype) {
   const fedcmt::StepTarget target{params.data(), nullptr, nullptr};
   const float weights[]{0.2f, 0.3f, 0.5f};
   const int64_t bounds[]{0, length};
-  const fedcmt::StepArguments step{&target,         1,    updates.view(), {bounds, 1}, weights,
-                                   Optimizer::kSgd, 1.0f, 0.0f,           1.0f,        0.0f,
-                                   0.0f};
+  const fedcmt::StepArguments step{
+      &target, 1,    updates.view(), {bounds, 1}, weights, Optimizer::kSgd,
+      1.0f,    0.0f, 1.0f,           0.0f,        0.0f};
   const Array<double> sums(2);
   const Array<char> workspace(fedcmt::cuda::server_step_workspace_bytes(step));
   line.status(fedcmt::cuda::server_step(step, sums.data(), {workspace.data(), 0, nullptr}));

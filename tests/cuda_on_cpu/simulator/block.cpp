@@ -82,9 +82,13 @@ void check_all_done() {
 }
 
 void describe(const Thread& thread) {
-  const char* state = thread.state == State::kDone ? "has returned, last" : "waits";
-  std::fprintf(stderr, "  thread %d %s in %s at %s:%d", thread.number, state, thread.site.operation,
-               thread.site.file, thread.site.line);
+  const bool waits = thread.state == State::kAtBarrier || thread.state == State::kInWarp;
+  const char* state = waits ? "waits" : (thread.state == State::kDone ? "has returned" : "can run");
+  std::fprintf(stderr, "  thread %d %s", thread.number, state);
+  if (thread.site.line > 0) {
+    std::fprintf(stderr, "%s in %s at %s:%d", waits ? "" : ", last", thread.site.operation,
+                 thread.site.file, thread.site.line);
+  }
   if (thread.mask != 0) std::fprintf(stderr, " with mask %08x", thread.mask);
   std::fprintf(stderr, "\n");
 }

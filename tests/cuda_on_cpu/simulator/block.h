@@ -18,9 +18,9 @@ struct Thread {
   Index index;
   int number;  // in the block
   State state;
-  Site site;           // of the collective it waits in, or was in last
-  uint32_t mask;       // of a warp collective
-  Word deposit;  // what the other lanes may read
+  Site site;      // of the collective it waits in, or was in last
+  uint32_t mask;  // of a warp collective
+  Word deposit;   // what the other lanes may read
   Word result;
   int source_lane;  // of a shuffle
   bool fenced;      // a fence since the last atomic operation

@@ -23,9 +23,7 @@ bool same_site(const Site& a, const Site& b) {
   return a.line == b.line && same_text(a.file, b.file) && same_text(a.operation, b.operation);
 }
 
-Thread* warp_of(const Thread* thread) {
-  return &threads[thread->number / kWarpSize * kWarpSize];
-}
+Thread* warp_of(const Thread* thread) { return &threads[thread->number / kWarpSize * kWarpSize]; }
 
 bool is_member(uint32_t mask, int lane) { return (mask >> lane & 1) != 0; }
 

@@ -33,7 +33,8 @@ extern Index block_index;
 extern Index block_size;
 extern Index grid_size;
 
-// --- collectives: every lane of the mask has to arrive, at the same site and with the same mask ---
+// --- collectives ---
+// Every lane of the mask has to arrive, at the same site and with the same mask.
 
 Word shuffle(uint32_t mask, const Word& value, int source_lane, const Site& site);
 uint32_t ballot(uint32_t mask, bool predicate, const Site& site);

@@ -32,7 +32,7 @@ void create_fiber(Fiber* fiber, char* stack, size_t stack_size);
 // Prepares `fiber` to run `entry`, which never returns, on its stack.
 void prepare(Fiber* fiber, void (*entry)());
 
-// Stops `from` and runs `to`. No happens-before between the two. `leaving`: `from` never runs again.
+// Stops `from` and runs `to`; orders nothing. `leaving`: `from` never runs again.
 void switch_fiber(Fiber* from, Fiber* to, bool leaving);
 
 // Has to be called first thing in an `entry`.

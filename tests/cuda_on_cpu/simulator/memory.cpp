@@ -35,8 +35,8 @@ void fill(char* begin, size_t bytes, unsigned char value) {
 void check_zone(const Array& array, const char* begin, const char* end) {
   for (const char* byte = begin; byte < end; ++byte) {
     if (static_cast<unsigned char>(*byte) != kZoneByte) {
-      fail("shared array %s of %zu bytes: a write at byte %td lies outside", array.name, array.bytes,
-           byte - array.begin);
+      fail("shared array %s of %zu bytes: a write at byte %td lies outside", array.name,
+           array.bytes, byte - array.begin);
     }
   }
 }

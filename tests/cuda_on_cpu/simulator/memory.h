@@ -6,7 +6,7 @@
 namespace cuda_on_cpu {
 
 constexpr size_t kSharedArenaBytes = size_t{512} << 10;
-constexpr size_t kMaxStaticBytes = size_t{48} << 10;   // more is an error of ptxas
+constexpr size_t kMaxStaticBytes = size_t{48} << 10;    // more is an error of ptxas
 constexpr size_t kMaxDynamicBytes = size_t{160} << 10;  // what the smallest data-centre GPUs have
 
 // Gives the block an empty arena of kSharedArenaBytes with `dynamic_bytes` of dynamic memory.

@@ -1,9 +1,9 @@
 // Clocks and memory that only sanitizers look at.
 //
 // A clock is an address: what a thread did before `release` happens before what others do after
-// `acquire`. Switching between fibers orders nothing, so that only collectives, atomics and launches
-// do. Every collective has a clock of its own: with one for all of a block, a thread that runs ahead
-// would seem to be ordered before what others do after an earlier one.
+// `acquire`. Switching between fibers orders nothing, so that only collectives, atomics and
+// launches do. Every collective has a clock of its own: with one for all of a block, a thread that
+// runs ahead would seem to be ordered before what others do after an earlier one.
 //
 // CUDA_ON_CPU_TSAN and CUDA_ON_CPU_ASAN say how the kernels are compiled: the engine itself is not
 // instrumented, so the compiler's own macros are not set here.

@@ -17,9 +17,7 @@ constexpr size_t kMaxFibers = kChecksRaces ? 2048 : kMaxThreads;
 
 constexpr size_t kMaxSlots = kMaxFibers / kWarpSize;
 
-size_t count_slots() {
-  return kChecksRaces ? std::min(kMaxSlots, kMaxFibers / num_threads) : 1;
-}
+size_t count_slots() { return kChecksRaces ? std::min(kMaxSlots, kMaxFibers / num_threads) : 1; }
 
 }  // namespace
 

@@ -9,10 +9,10 @@
 //   CUDA_ON_CPU_SEED   a number for `random`
 #pragma once
 
-#include <cuda_runtime_api.h>
-#include <vector_functions.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+#include <vector_functions.h>
 
 #include <cmath>
 #include <cstring>
@@ -48,9 +48,9 @@
 #define FEDCMT_SIMULATED 1
 #define FEDCMT_LAUNCH(kernel, grid, block, stream, ...) \
   ::cuda_on_cpu::launch(kernel, grid, block, 0, stream, __VA_ARGS__)
-#define FEDCMT_SHARED(type, name, extents)                                             \
-  static const char name##_key = 0;                                                    \
-  type(&name) extents = *static_cast<type(*) extents>(                                 \
+#define FEDCMT_SHARED(type, name, extents)             \
+  static const char name##_key = 0;                    \
+  type(&name) extents = *static_cast<type(*) extents>( \
       ::cuda_on_cpu::shared_array(&name##_key, sizeof(type extents), #name))
 
 namespace cuda_on_cpu {
@@ -64,12 +64,13 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t dynamic
     std::tuple<std::decay_t<Parameters>...> arguments;
   };
   const Call call{kernel, std::tuple<std::decay_t<Parameters>...>(arguments...)};
-  run_grid({grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, dynamic_bytes,
-           [](const void* data) {
-             const Call& call = *static_cast<const Call*>(data);
-             std::apply(call.kernel, call.arguments);
-           },
-           &call);
+  run_grid(
+      {grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, dynamic_bytes,
+      [](const void* data) {
+        const Call& call = *static_cast<const Call*>(data);
+        std::apply(call.kernel, call.arguments);
+      },
+      &call);
 }
 
 template <typename T>
@@ -142,13 +143,15 @@ T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, CUDA_ON_CPU_
 
 template <typename T>
 T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, CUDA_ON_CPU_SITE) {
-  const int from = cuda_on_cpu::source_in_part(cuda_on_cpu::lane() + static_cast<int>(delta), width);
+  const int from =
+      cuda_on_cpu::source_in_part(cuda_on_cpu::lane() + static_cast<int>(delta), width);
   return cuda_on_cpu::shuffle_value(mask, value, from, {"__shfl_down_sync", file, line});
 }
 
 template <typename T>
 T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, CUDA_ON_CPU_SITE) {
-  const int from = cuda_on_cpu::source_in_part(cuda_on_cpu::lane() - static_cast<int>(delta), width);
+  const int from =
+      cuda_on_cpu::source_in_part(cuda_on_cpu::lane() - static_cast<int>(delta), width);
   return cuda_on_cpu::shuffle_value(mask, value, from, {"__shfl_up_sync", file, line});
 }
 
@@ -217,7 +220,8 @@ T atomicAdd(T* target, T value) {
 }
 
 inline unsigned atomicInc(unsigned* target, unsigned limit) {
-  return cuda_on_cpu::atomic_update(target, [=](unsigned old) { return old >= limit ? 0 : old + 1; });
+  return cuda_on_cpu::atomic_update(target,
+                                    [=](unsigned old) { return old >= limit ? 0 : old + 1; });
 }
 
 // --- arithmetic ---
@@ -229,8 +233,12 @@ using std::isnan;
 using std::max;
 using std::min;
 
-inline unsigned __float_as_uint(float value) { return cuda_on_cpu::from_word<unsigned>(cuda_on_cpu::to_word(value)); }
-inline float __uint_as_float(unsigned bits) { return cuda_on_cpu::from_word<float>(cuda_on_cpu::to_word(bits)); }
+inline unsigned __float_as_uint(float value) {
+  return cuda_on_cpu::from_word<unsigned>(cuda_on_cpu::to_word(value));
+}
+inline float __uint_as_float(unsigned bits) {
+  return cuda_on_cpu::from_word<float>(cuda_on_cpu::to_word(bits));
+}
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(static_cast<unsigned>(bits)); }
