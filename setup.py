@@ -1,6 +1,7 @@
 """Drives CMake. Sources, flags and defaults live in CMakeLists.txt.
 
-Environment: FEDCMT_CUDA = auto | on | off, FEDCMT_CUDA_ARCH = for example "80-real;90".
+Environment: FEDCMT_CUDA = auto | on | off, FEDCMT_CUDA_ARCH = for example "80-real;90",
+FEDCMT_CPUSIM = 1 for CUDA kernels that run on the CPU (tests).
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_INSTALL_PREFIX={target}",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
             *([f"-DCMAKE_CUDA_COMPILER={nvcc}"] if nvcc else []),
+            *(["-DFEDCMT_CPUSIM=ON"] if os.environ.get("FEDCMT_CPUSIM") == "1" else []),
             *([f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"] if architectures else []),
         ]
         configure = ["cmake", "-S", str(source), "-B", str(build), "-G", "Ninja", "--fresh"]

@@ -1,251 +1,227 @@
-// gram[i][j] = sum_e rows[i][e] * rows[j][e], one pass over the rows.
+// Gram matrices and their last rows: which kernels run on which rows.
 //
-// Up to 8 rows keep the whole triangle of sums in registers; up to 64 rows go through a tile in
-// shared memory; more rows are taken as unions of two panels of 32, one launch for each pair of
-// panels. Every block writes its partial sums, and a second kernel adds them in a fixed order: no
-// atomics. Products and sums are float64; a product of two float32 values is then exact.
+// Up to 64 rows take one pass. More rows are cut into panels of 32: one launch for two neighbouring
+// panels and all pairs of their rows, then one for every other pair of panels. Partial sums of the
+// pieces go to the workspace and a second kernel adds them in a fixed order: no atomics.
 #include <algorithm>
 
-#include "device.cuh"
+#include "gramian_kernels.cuh"
+#include "tables.cuh"
 
 namespace fedcmt {
 namespace cuda {
 namespace {
 
-constexpr int kMaxRegisterRows = 8;
-constexpr int kMaxRows = 64;
-constexpr int kPanel = kMaxRows / 2;
-constexpr int kChunk = 64;            // elements of each row in the shared tile
-constexpr int kPitch = kMaxRows + 4;  // of the shared tile; spreads a column over the banks
-constexpr int64_t kElementsABlock = 4096;
+constexpr int kPanel = kMaxGramRows / 2;
 
-// Passed by value, so the pointers sit in constant memory and need no copy of their own.
-struct Rows {
-  const void* pointer[kMaxRows];
-};
-
-// The rows of a launch in the full matrix: the first `split` follow `first`, the rest `second`.
-struct Placement {
-  int first, second, split, total;
-};
-
-__host__ __device__ inline int count_pairs(int n) { return n * (n + 1) / 2; }
-
-// Position of (row, column), column >= row, in the packed upper triangle of n rows.
-__device__ __forceinline__ int pair_index(int row, int column, int n) {
-  return row * n - row * (row - 1) / 2 + column - row;
-}
-
-// partials: [pairs, blocks]
-template <typename T, int kRows, bool kAligned>
-__global__ void __launch_bounds__(kThreads)
-    gramian_in_registers(Rows rows, int64_t length, double* __restrict__ partials) {
-  constexpr int kPairs = kRows * (kRows + 1) / 2;
-  constexpr int kSize = Packet<T>::kSize;
-  double sums[kPairs];
-#pragma unroll
-  for (int p = 0; p < kPairs; ++p) sums[p] = 0.0;
-
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads * kSize;
-  int64_t e = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kSize;
-  for (; e < length; e += stride) {
-    Packet<T> packets[kRows];
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      packets[i] = load_packet<T, kAligned>(static_cast<const T*>(rows.pointer[i]), e, length);
-    }
-#pragma unroll
-    for (int k = 0; k < kSize; ++k) {
-      double x[kRows];
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) x[i] = to_float(packets[i].value[k]);
-#pragma unroll
-      for (int i = 0, p = 0; i < kRows; ++i) {
-#pragma unroll
-        for (int j = i; j < kRows; ++j, ++p) sums[p] = fma(x[i], x[j], sums[p]);
-      }
-    }
-  }
-  FEDCMT_SHARED(double, warp_sums, [kPairs][kWarps]);
-#pragma unroll
-  for (int p = 0; p < kPairs; ++p) {
-    const double total = block_sum(sums[p], warp_sums[p]);
-    if (threadIdx.x == 0) partials[static_cast<int64_t>(p) * gridDim.x + blockIdx.x] = total;
-  }
-}
-
-// Each thread owns one 4 x 4 tile of the triangle for every groups-th element of a chunk.
-struct TileTask {
-  int row, column;  // of the tile's first entry
-};
-
-__device__ __forceinline__ TileTask find_tile(int index, int tiles_a_side) {
-  int row = 0;
-  for (; index >= tiles_a_side - row; ++row) index -= tiles_a_side - row;
-  return {4 * row, 4 * (row + index)};
-}
-
-template <typename T>
-__device__ __forceinline__ void stage_chunk(const Rows& rows, int n, int64_t begin, int64_t length,
-                                            float* chunk) {
-  const int padded = (n + 3) / 4 * 4;
-  for (int k = threadIdx.x; k < padded * kChunk; k += kThreads) {
-    const int row = k / kChunk, e = k % kChunk;
-    const bool inside = row < n && begin + e < length;
-    chunk[e * kPitch + row] =
-        inside ? to_float(static_cast<const T*>(rows.pointer[row])[begin + e]) : 0.0f;
-  }
-}
-
-// partials: [pairs, blocks]
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    gramian_in_shared(Rows rows, int n, int64_t length, double* __restrict__ partials) {
-  constexpr int kMaxTiles = (kMaxRows / 4) * (kMaxRows / 4 + 1) / 2;
-  FEDCMT_SHARED(float, chunk, [kChunk * kPitch]);
-  FEDCMT_SHARED(double, totals, [kMaxTiles * 16]);
-  const int tiles_a_side = (n + 3) / 4;
-  const int tiles = count_pairs(tiles_a_side);
-  const int groups = kThreads / tiles;
-  const int group = threadIdx.x / tiles;
-  const TileTask task = find_tile(threadIdx.x % tiles, tiles_a_side);
-
-  double sums[16];
-#pragma unroll
-  for (int k = 0; k < 16; ++k) sums[k] = 0.0;
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kChunk;
-  for (int64_t begin = static_cast<int64_t>(blockIdx.x) * kChunk; begin < length; begin += stride) {
-    stage_chunk<T>(rows, n, begin, length, chunk);
-    __syncthreads();
-    for (int e = group; group < groups && e < kChunk; e += groups) {
-      const float* column = chunk + e * kPitch;
-#pragma unroll
-      for (int k = 0; k < 16; ++k) {
-        sums[k] = fma(static_cast<double>(column[task.row + k / 4]),
-                      static_cast<double>(column[task.column + k % 4]), sums[k]);
-      }
-    }
-    __syncthreads();
-  }
-  const int tile = threadIdx.x % tiles;
-  for (int turn = 0; turn < groups; ++turn) {  // one group after the other: a fixed order
-    if (group == turn) {
-#pragma unroll
-      for (int k = 0; k < 16; ++k) {
-        totals[tile * 16 + k] = turn == 0 ? sums[k] : totals[tile * 16 + k] + sums[k];
-      }
-    }
-    __syncthreads();
-  }
-  for (int k = threadIdx.x; k < tiles * 16; k += kThreads) {
-    const TileTask place = find_tile(k / 16, tiles_a_side);
-    const int row = place.row + k % 16 / 4, column = place.column + k % 4;
-    if (row <= column && column < n) {
-      const int64_t pair = pair_index(row, column, n);
-      partials[pair * gridDim.x + blockIdx.x] = totals[k];
-    }
-  }
-}
-
-// One block for each pair of rows: adds the partial sums of all blocks and writes both triangles.
-__global__ void __launch_bounds__(kThreads)
-    gramian_finish(const double* __restrict__ partials, int blocks, int n, Placement place,
-                   double* __restrict__ gram) {
-  FEDCMT_SHARED(double, warp_sums, [kWarps]);
-  const int64_t pair = blockIdx.x;
-  double sum = 0.0;
-  for (int b = threadIdx.x; b < blocks; b += kThreads) sum += partials[pair * blocks + b];
-  sum = block_sum(sum, warp_sums);
-  if (threadIdx.x != 0) return;
-  int row = 0, rest = static_cast<int>(pair);
-  for (; rest >= n - row; ++row) rest -= n - row;
-  int column = row + rest;
-  row = row < place.split ? place.first + row : place.second + row - place.split;
-  column = column < place.split ? place.first + column : place.second + column - place.split;
-  gram[static_cast<int64_t>(row) * place.total + column] = sum;
-  gram[static_cast<int64_t>(column) * place.total + row] = sum;
-}
-
-template <typename T, int kRows>
-void launch_in_registers(const Rows& rows, int n, bool aligned, int64_t length, int blocks,
-                         double* partials, cudaStream_t stream) {
-  if constexpr (kRows <= kMaxRegisterRows) {
-    if (n != kRows) {
-      launch_in_registers<T, kRows + 1>(rows, n, aligned, length, blocks, partials, stream);
-    } else if (aligned) {
-      FEDCMT_LAUNCH((gramian_in_registers<T, kRows, true>), blocks, kThreads, stream, rows, length,
-                    partials);
-    } else {
-      FEDCMT_LAUNCH((gramian_in_registers<T, kRows, false>), blocks, kThreads, stream, rows, length,
-                    partials);
-    }
-  }
-}
-
-struct Launch {
-  const void* const* updates;
-  int64_t length;
+// Everything that the launches of one call have in common.
+struct GramCall {
+  Rows updates;
+  bool aligned;
+  PieceSource pieces;
+  int64_t num_pieces;
+  const int64_t* first_piece;
+  int num_segments;
   double* partials;
-  double* gram;
+  double* out;
   cudaStream_t stream;
 };
 
-template <typename T>
-void launch_rows(const Launch& launch, const Placement& place, int n) {
-  Rows rows{};
-  bool aligned = true;
-  for (int i = 0; i < n; ++i) {
-    const int row = i < place.split ? place.first + i : place.second + i - place.split;
-    rows.pointer[i] = launch.updates[row];
-    aligned = aligned && is_aligned(rows.pointer[i]);
+GramRows place_rows(const Rows& updates, const Placement& placement) {
+  GramRows rows;
+  for (int place = 0; place < kMaxGramRows; ++place) {
+    const int row = placement.row(place);
+    const bool after_split = place >= placement.split && placement.second_count > 0;
+    rows.pointer[place] = updates.pointer[row >= 0      ? row
+                                          : after_split ? placement.second
+                                                        : placement.first];
   }
-  const int blocks = static_cast<int>(count_grid_blocks(launch.length, kElementsABlock));
-  if (n <= kMaxRegisterRows) {
-    launch_in_registers<T, 1>(rows, n, aligned, launch.length, blocks, launch.partials,
-                              launch.stream);
-  } else {
-    FEDCMT_LAUNCH(gramian_in_shared<T>, blocks, kThreads, launch.stream, rows, n, launch.length,
-                  launch.partials);
+  return rows;
+}
+
+template <typename T, int kRowBlocks, TileSet kSet>
+void run_tiles(const GramCall& call, const GramRows& rows) {
+  FEDCMT_RUN((gramian_tiles<T, kRowBlocks, kSet>), static_cast<unsigned>(call.num_pieces), kThreads,
+             call.stream, rows, call.pieces, call.aligned, call.partials);
+}
+
+template <typename T, int kRows = 1>
+void run_pairs(const GramCall& call, const GramRows& rows, int num_rows) {
+  if constexpr (kRows <= kMaxRegisterRows) {
+    if (num_rows != kRows) return run_pairs<T, kRows + 1>(call, rows, num_rows);
+    FEDCMT_RUN((gramian_pairs<T, kRows>), static_cast<unsigned>(call.num_pieces), kThreads,
+               call.stream, rows, call.pieces, call.aligned, call.partials);
   }
-  FEDCMT_LAUNCH(gramian_finish, count_pairs(n), kThreads, launch.stream, launch.partials, blocks, n,
-                place, launch.gram);
+}
+
+template <typename T, int kRowBlocks = 1>
+void run_triangle(const GramCall& call, const GramRows& rows, int row_blocks) {
+  if constexpr (kRowBlocks <= kMaxRowBlocks) {
+    if (row_blocks != kRowBlocks) {
+      return run_triangle<T, kRowBlocks + 1>(call, rows, row_blocks);
+    }
+    run_tiles<T, kRowBlocks, TileSet::kTriangle>(call, rows);
+  }
 }
 
 template <typename T>
-void launch_all(const Launch& launch, int n) {
-  if (n <= kMaxRows) return launch_rows<T>(launch, {0, 0, n, n}, n);
-  for (int first = 0; first < n; first += kPanel) {
-    for (int second = first + kPanel; second < n; second += kPanel) {
-      launch_rows<T>(launch, {first, second, kPanel, n}, kPanel + std::min(kPanel, n - second));
+void run_last_column(const GramCall& call, const GramRows& rows, int row_blocks) {
+  switch (row_blocks) {
+    case 2:
+      return run_tiles<T, 2, TileSet::kLastColumn>(call, rows);
+    case 4:
+      return run_tiles<T, 4, TileSet::kLastColumn>(call, rows);
+    default:
+      return run_tiles<T, 8, TileSet::kLastColumn>(call, rows);
+  }
+}
+
+template <typename T>
+void run_pieces(const GramCall& call, const GramLayout& layout) {
+  const GramRows rows = place_rows(call.updates, layout.placement);
+  if (call.updates.count <= kMaxRegisterRows) {
+    run_pairs<T>(call, rows, call.updates.count);
+  } else if (layout.set == TileSet::kTriangle) {
+    run_triangle<T>(call, rows, layout.row_blocks);
+  } else if (layout.set == TileSet::kRectangle) {
+    run_tiles<T, kMaxRowBlocks, TileSet::kRectangle>(call, rows);
+  } else {
+    run_last_column<T>(call, rows, layout.row_blocks);
+  }
+}
+
+void run(const GramCall& call, TileSet set, int row_blocks, const Placement& placement,
+         bool only_last_row) {
+  const GramLayout layout{set, row_blocks, placement, call.updates.count, only_last_row};
+  if (call.num_pieces > 0) {
+    switch (call.updates.dtype) {
+      case Dtype::kFloat32:
+        run_pieces<float>(call, layout);
+        break;
+      case Dtype::kBFloat16:
+        run_pieces<__nv_bfloat16>(call, layout);
+        break;
+      case Dtype::kFloat16:
+        run_pieces<__half>(call, layout);
+        break;
     }
   }
+  const unsigned entry_groups = count_tiles(set, row_blocks) * kTileEntries / 32;
+  FEDCMT_RUN(gramian_finish, dim3(static_cast<unsigned>(call.num_segments), entry_groups),
+             kFinishThreads, call.stream, call.partials, call.first_piece, call.num_pieces, layout,
+             call.out);
+}
+
+int count_row_blocks(int rows) { return static_cast<int>(divide_up(rows, kTileSide)); }
+
+// All pairs among rows [first, first + count), count <= 64.
+void run_all_pairs(const GramCall& call, int first, int count, bool only_last_row) {
+  run(call, TileSet::kTriangle, count_row_blocks(count), {first, count, 0, 0, kMaxGramRows},
+      only_last_row);
+}
+
+void run_panels(const GramCall& call) {
+  const int n = call.updates.count;
+  for (int first = 0; first < n; first += kMaxGramRows) {
+    run_all_pairs(call, first, std::min(kMaxGramRows, n - first), false);
+  }
+  for (int first = 0; first < n; first += kPanel) {
+    const int next = first / kMaxGramRows * kMaxGramRows + kMaxGramRows;
+    for (int second = next; second < n; second += kPanel) {
+      run(call, TileSet::kRectangle, kMaxRowBlocks,
+          {first, kPanel, second, std::min(kPanel, n - second), kPanel}, false);
+    }
+  }
+}
+
+// The last row has a block of its own; up to 56 others fill the blocks before it.
+constexpr int kMaxOthers = kMaxGramRows - kTileSide;
+
+int choose_last_row_blocks(int others) { return others <= 8 ? 2 : others <= 24 ? 4 : 8; }
+
+void run_last_row(const GramCall& call) {
+  const int n = call.updates.count;
+  if (n <= kTileSide) return run_all_pairs(call, 0, n, true);
+  for (int first = 0; first < n - 1; first += kMaxOthers) {
+    const int others = std::min(kMaxOthers, n - 1 - first);
+    const int row_blocks = choose_last_row_blocks(others);
+    run(call, TileSet::kLastColumn, row_blocks,
+        {first, others, n - 1, 1, (row_blocks - 1) * kTileSide}, true);
+  }
+}
+
+int count_largest_tiles(int num_rows, bool only_last_row) {
+  if (only_last_row && num_rows > kTileSide) {
+    const int others = std::min(kMaxOthers, num_rows - 1);
+    return count_tiles(TileSet::kLastColumn, choose_last_row_blocks(others));
+  }
+  const int row_blocks = count_row_blocks(std::min(num_rows, kMaxGramRows));
+  return count_tiles(TileSet::kTriangle, row_blocks);
+}
+
+// Tables, then the partial sums of the launch that has most of them.
+struct GramWorkspace {
+  explicit GramWorkspace(const Segments& segments) : pieces(segments) {
+    table = tables.add(pieces.table);
+    first_piece = tables.add(pieces.first);
+  }
+  int64_t bytes(int num_rows, bool only_last_row) const {
+    const int64_t entries = count_largest_tiles(num_rows, only_last_row) * kTileEntries;
+    return tables.bytes() + pieces.count * entries * static_cast<int64_t>(sizeof(double));
+  }
+
+  SegmentPieces pieces;
+  Tables tables;
+  int64_t table, first_piece;
+};
+
+int run_gramian(const Rows& updates, const Segments& segments, double* out, const Launch& launch,
+                bool only_last_row) {
+  const DeviceGuard guard(launch.device);
+  if (guard.status() != cudaSuccess) return guard.status();
+  const auto stream = static_cast<cudaStream_t>(launch.stream);
+  const GramWorkspace space(segments);
+  const cudaError_t uploaded = space.tables.upload(launch.workspace, stream);
+  if (uploaded != cudaSuccess) return uploaded;
+
+  const bool single = segments.count == 1;
+  const PieceSource pieces{single ? nullptr : at<const Piece>(launch.workspace, space.table),
+                           space.pieces.length, space.pieces.piece_length};
+  const GramCall call{updates,
+                      are_aligned(updates),
+                      pieces,
+                      space.pieces.count,
+                      single ? nullptr : at<const int64_t>(launch.workspace, space.first_piece),
+                      segments.count,
+                      at<double>(launch.workspace, space.tables.bytes()),
+                      out,
+                      stream};
+  if (only_last_row) {
+    run_last_row(call);
+  } else if (updates.count <= kMaxGramRows) {
+    run_all_pairs(call, 0, updates.count, false);
+  } else {
+    run_panels(call);
+  }
+  return cudaGetLastError();
 }
 
 }  // namespace
 
-int64_t gramian_workspace_bytes(int num_updates, int64_t length) {
-  return sizeof(double) * count_pairs(std::min(num_updates, kMaxRows)) *
-         count_grid_blocks(length, kElementsABlock);
+int64_t gramian_workspace_bytes(const Rows& updates, const Segments& segments) {
+  return GramWorkspace(segments).bytes(updates.count, false);
 }
 
-int gramian(const void* const* updates, int num_updates, int64_t length, Dtype dtype,
-            void* workspace, double* gram, int device, void* stream) {
-  const DeviceGuard guard(device);
-  if (guard.status() != cudaSuccess) return guard.status();
-  const Launch launch{updates, length, static_cast<double*>(workspace), gram,
-                      static_cast<cudaStream_t>(stream)};
-  switch (dtype) {
-    case Dtype::kFloat32:
-      launch_all<float>(launch, num_updates);
-      break;
-    case Dtype::kBFloat16:
-      launch_all<__nv_bfloat16>(launch, num_updates);
-      break;
-    case Dtype::kFloat16:
-      launch_all<__half>(launch, num_updates);
-      break;
-  }
-  return cudaGetLastError();
+int gramian(const Rows& updates, const Segments& segments, double* grams, const Launch& launch) {
+  return run_gramian(updates, segments, grams, launch, false);
+}
+
+int64_t gramian_row_workspace_bytes(const Rows& updates, const Segments& segments) {
+  return GramWorkspace(segments).bytes(updates.count, true);
+}
+
+int gramian_row(const Rows& updates, const Segments& segments, double* row, const Launch& launch) {
+  return run_gramian(updates, segments, row, launch, true);
 }
 
 }  // namespace cuda

@@ -1,241 +1,153 @@
-// d = sum_i weights[i] * rows[i]; m = beta * m + d; params += lr * m; one pass.
+// The server step of one target and one segment: one pass, one launch.
 //
-// Up to 8 rows use an unrolled kernel, up to 256 rows a loop over rows in the same launch. More
-// rows are taken 256 at a time, with d kept in the workspace between launches: the additions and
-// their order are the same. Blocks write partial sums that a last kernel adds in a fixed order.
-#include <algorithm>
-
-#include "device.cuh"
+// Pointers and weights travel as kernel arguments. Up to 8 rows are unrolled, more are looped over.
+#include "server_step.cuh"
 
 namespace fedcmt {
 namespace cuda {
 namespace {
 
 constexpr int kMaxUnrolledRows = 8;
-constexpr int kMaxRows = 256;  // 12 bytes each; kernel arguments hold 4 KiB
 constexpr int64_t kElementsABlock = 2048;
+constexpr int64_t kCounterBytes = 256;
 
+template <int kCapacity>
 struct WeightedRows {
-  const void* pointer[kMaxRows];
-  float weight[kMaxRows];
+  const void* pointer[kCapacity];
+  float weight[kCapacity];
 };
 
-struct StepBuffers {
-  float* params;
-  float* momentum;    // or nullptr
-  float* combined;    // d between launches; nullptr when one launch takes all rows
-  double* squares;    // [blocks]
-  int64_t* nonfinite;  // [blocks]
+// kRows: number of rows where it is known at compile time, else 0.
+constexpr int row_capacity(int rows) { return rows > 0 ? rows : kMaxSingleRows; }
+
+template <typename T, int kRows, bool kAdaptive>
+struct SingleStep {
+  static constexpr int kSize = Packet<T>::kSize;
+  WeightedRows<row_capacity(kRows)> rows;
+  int num_rows;
+  StepTarget target;
+  StepRule rule;
   int64_t length;
-  float lr;
-  float beta;
-};
 
-// Which launch of a chain this is; a single launch is both first and last.
-struct Position {
-  bool first, last;
-};
-
-// kRows: number of rows when known at compile time, else 0 and num_rows counts.
-template <typename T, int kRows, bool kAligned>
-__device__ __forceinline__ void add_rows(const WeightedRows& rows, int num_rows, int64_t e,
-                                         int64_t length, float* d) {
-  constexpr int kSize = Packet<T>::kSize;
-  const int count = kRows > 0 ? kRows : num_rows;
+  template <bool kWide>
+  __device__ __forceinline__ void run(int64_t e, double& squares, int& nonfinite) const {
+    const Range range{0, length};
+    const int count = kRows > 0 ? kRows : num_rows;
+    float d[kSize] = {};
 #pragma unroll(kRows > 0 ? kRows : 4)
-  for (int i = 0; i < count; ++i) {
-    const Packet<T> packet =
-        load_packet<T, kAligned>(static_cast<const T*>(rows.pointer[i]), e, length);
+    for (int i = 0; i < count; ++i) {
+      const Packet<T> packet = load_row<kWide>(static_cast<const T*>(rows.pointer[i]), e, range);
 #pragma unroll
-    for (int k = 0; k < kSize; ++k) d[k] = fmaf(rows.weight[i], to_float(packet.value[k]), d[k]);
-  }
-}
-
-template <bool kAligned, int kSize>
-__device__ __forceinline__ void load_floats(const float* from, int64_t e, int64_t length,
-                                            float* to) {
-#pragma unroll
-  for (int k = 0; k < kSize; k += 4) {
-    const Packet<float> packet = load_packet<float, kAligned>(from, e + k, length);
-#pragma unroll
-    for (int q = 0; q < 4; ++q) to[k + q] = packet.value[q];
-  }
-}
-
-template <bool kAligned, int kSize>
-__device__ __forceinline__ void store_floats(const float* from, int64_t e, int64_t length,
-                                             float* to) {
-#pragma unroll
-  for (int k = 0; k < kSize; k += 4) {
-    if (kAligned && e + k + 4 <= length) {
-      *reinterpret_cast<float4*>(to + e + k) =
-          make_float4(from[k], from[k + 1], from[k + 2], from[k + 3]);
-    } else {
-#pragma unroll
-      for (int q = 0; q < 4; ++q) {
-        if (e + k + q < length) to[e + k + q] = from[k + q];
-      }
+      for (int k = 0; k < kSize; ++k) d[k] = fmaf(rows.weight[i], to_float(packet.value[k]), d[k]);
     }
+    step_elements<kSize, kAdaptive, kWide>(rule, target, d, e, range, squares, nonfinite);
   }
-}
+};
 
-template <typename T, int kRows, bool kAligned>
+template <typename T, int kRows, bool kAdaptive>
 __global__ void __launch_bounds__(kThreads)
-    server_step_kernel(WeightedRows rows, int num_rows, StepBuffers buffers, Position position) {
+    single_step_kernel(SingleStep<T, kRows, kAdaptive> step, bool aligned, StepTotals* partials,
+                       unsigned* counter, double* __restrict__ sums) {
   constexpr int kSize = Packet<T>::kSize;
-  const int64_t length = buffers.length;
   double squares = 0.0;
-  long long nonfinite = 0;
+  int nonfinite = 0;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads * kSize;
   int64_t e = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kSize;
-  for (; e < length; e += stride) {
-    float d[kSize] = {}, m[kSize], x[kSize];
-    if (!position.first) load_floats<true, kSize>(buffers.combined, e, length, d);
-    add_rows<T, kRows, kAligned>(rows, num_rows, e, length, d);
-    if (!position.last) {
-      store_floats<true, kSize>(d, e, length, buffers.combined);
-      continue;
-    }
-    // With beta 0 the old momentum is not read: 0 * inf must not poison the step.
-    const bool accumulate = buffers.momentum != nullptr && buffers.beta != 0.0f;
-    if (accumulate) load_floats<kAligned, kSize>(buffers.momentum, e, length, m);
-    load_floats<kAligned, kSize>(buffers.params, e, length, x);
-#pragma unroll
-    for (int k = 0; k < kSize; ++k) {
-      nonfinite += !isfinite(d[k]);
-      m[k] = accumulate ? fmaf(buffers.beta, m[k], d[k]) : d[k];
-      x[k] = fmaf(buffers.lr, m[k], x[k]);
-      squares = fma(static_cast<double>(m[k]), static_cast<double>(m[k]), squares);
-    }
-    if (buffers.momentum != nullptr) {
-      store_floats<kAligned, kSize>(m, e, length, buffers.momentum);
-    }
-    store_floats<kAligned, kSize>(x, e, length, buffers.params);
+  if (aligned) {
+    for (; e + kSize <= step.length; e += stride) step.template run<true>(e, squares, nonfinite);
   }
-  if (!position.last) return;
-  FEDCMT_SHARED(double, warp_squares, [kWarps]);
-  FEDCMT_SHARED(long long, warp_nonfinite, [kWarps]);
-  squares = block_sum(squares, warp_squares);
-  nonfinite = block_sum(nonfinite, warp_nonfinite);
-  if (threadIdx.x == 0) {
-    buffers.squares[blockIdx.x] = squares;
-    buffers.nonfinite[blockIdx.x] = nonfinite;
+  for (; e < step.length; e += stride) step.template run<false>(e, squares, nonfinite);
+  StepTotals totals{squares, static_cast<double>(nonfinite)};
+  if (grid_total(totals, partials, counter)) {
+    sums[0] = totals.squares;
+    sums[1] = totals.nonfinite;
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
-    server_step_finish(StepBuffers buffers, int blocks, double* __restrict__ sums) {
-  FEDCMT_SHARED(double, warp_squares, [kWarps]);
-  FEDCMT_SHARED(long long, warp_nonfinite, [kWarps]);
-  double squares = 0.0;
-  long long nonfinite = 0;
-  for (int b = threadIdx.x; b < blocks; b += kThreads) {
-    squares += buffers.squares[b];
-    nonfinite += buffers.nonfinite[b];
-  }
-  squares = block_sum(squares, warp_squares);
-  nonfinite = block_sum(nonfinite, warp_nonfinite);
-  if (threadIdx.x == 0) {
-    sums[0] = squares;
-    sums[1] = static_cast<double>(nonfinite);
-  }
-}
-
-struct Launch {
-  WeightedRows rows;
-  int num_rows;
-  StepBuffers buffers;
-  Position position;
+struct StepCall {
+  StepArguments step;
   bool aligned;
-  int blocks;
+  unsigned* counter;
+  StepTotals* partials;
+  double* sums;
   cudaStream_t stream;
 };
 
-template <typename T, int kRows>
-void launch_unrolled(const Launch& launch) {
-  if (launch.aligned) {
-    FEDCMT_LAUNCH((server_step_kernel<T, kRows, true>), launch.blocks, kThreads, launch.stream,
-                  launch.rows, launch.num_rows, launch.buffers, launch.position);
-  } else {
-    FEDCMT_LAUNCH((server_step_kernel<T, kRows, false>), launch.blocks, kThreads, launch.stream,
-                  launch.rows, launch.num_rows, launch.buffers, launch.position);
+unsigned count_blocks(const StepArguments& step) {
+  return static_cast<unsigned>(count_grid_blocks(step.updates.length, kElementsABlock));
+}
+
+template <typename T, int kRows, bool kAdaptive>
+void run_rows(const StepCall& call) {
+  const Rows& updates = call.step.updates;
+  SingleStep<T, kRows, kAdaptive> step{
+      {}, updates.count, call.step.targets[0], make_rule(call.step), updates.length};
+  for (int i = 0; i < updates.count; ++i) {
+    step.rows.pointer[i] = updates.pointer[i];
+    step.rows.weight[i] = call.step.weights[i];
   }
+  FEDCMT_RUN((single_step_kernel<T, kRows, kAdaptive>), count_blocks(call.step), kThreads,
+             call.stream, step, call.aligned, call.partials, call.counter, call.sums);
 }
 
 template <typename T, int kRows = 1>
-void launch_rows(const Launch& launch) {
-  if constexpr (kRows <= kMaxUnrolledRows) {
-    if (launch.num_rows == kRows) return launch_unrolled<T, kRows>(launch);
-    return launch_rows<T, kRows + 1>(launch);
+void run_step(const StepCall& call) {
+  constexpr bool kUnrolled = kRows <= kMaxUnrolledRows;
+  if constexpr (kUnrolled) {
+    if (call.step.updates.count != kRows) return run_step<T, kRows + 1>(call);
+  }
+  if (call.step.optimizer == Optimizer::kSgd) {
+    run_rows<T, kUnrolled ? kRows : 0, false>(call);
   } else {
-    launch_unrolled<T, 0>(launch);
+    run_rows<T, kUnrolled ? kRows : 0, true>(call);
   }
 }
 
-int64_t combined_bytes(int num_updates, int64_t length) {
-  return num_updates > kMaxRows ? (length * 4 + 15) / 16 * 16 : 0;
-}
-
-Launch make_launch(const StepArguments& step, const StepBuffers& buffers, int first, int blocks,
-                   cudaStream_t stream) {
-  const int num_rows = std::min(kMaxRows, step.num_updates - first);
-  Launch launch{{},
-                num_rows,
-                buffers,
-                {first == 0, first + num_rows == step.num_updates},
-                is_aligned(step.params) && is_aligned(step.momentum),
-                blocks,
-                stream};
-  for (int i = 0; i < num_rows; ++i) {
-    launch.rows.pointer[i] = step.updates[first + i];
-    launch.rows.weight[i] = step.weights[first + i];
-    launch.aligned = launch.aligned && is_aligned(launch.rows.pointer[i]);
-  }
-  return launch;
+bool is_single(const StepArguments& step) {
+  return step.num_targets == 1 && step.segments.count == 1 && step.updates.count <= kMaxSingleRows;
 }
 
 }  // namespace
 
-// combined [P] float32 for more than kMaxRows rows, then squares and nonfinite [blocks] each.
-int64_t server_step_workspace_bytes(int num_updates, int64_t length) {
-  return combined_bytes(num_updates, length) + 16 * count_grid_blocks(length, kElementsABlock);
+// The counter of finished blocks, then their totals.
+int64_t single_step_workspace_bytes(const StepArguments& step) {
+  return kCounterBytes + count_blocks(step) * static_cast<int64_t>(sizeof(StepTotals));
 }
 
-int server_step(const StepArguments& step, void* workspace, double* sums, int device,
-                void* stream) {
-  const DeviceGuard guard(device);
-  if (guard.status() != cudaSuccess) return guard.status();
-  const int blocks = static_cast<int>(count_grid_blocks(step.length, kElementsABlock));
-  const int64_t combined = combined_bytes(step.num_updates, step.length);
-  double* squares = reinterpret_cast<double*>(static_cast<char*>(workspace) + combined);
-  const StepBuffers buffers{step.params,
-                            step.momentum,
-                            combined > 0 ? static_cast<float*>(workspace) : nullptr,
-                            squares,
-                            reinterpret_cast<int64_t*>(squares + blocks),
-                            step.length,
-                            step.lr,
-                            step.beta};
-  const auto on_stream = static_cast<cudaStream_t>(stream);
-  for (int first = 0; first < step.num_updates; first += kMaxRows) {
-    const Launch launch = make_launch(step, buffers, first, blocks, on_stream);
-    switch (step.dtype) {
-      case Dtype::kFloat32:
-        launch_rows<float>(launch);
-        break;
-      case Dtype::kBFloat16:
-        launch_rows<__nv_bfloat16>(launch);
-        break;
-      case Dtype::kFloat16:
-        launch_rows<__half>(launch);
-        break;
-    }
+int single_step(const StepArguments& step, double* sums, const Launch& launch) {
+  const auto stream = static_cast<cudaStream_t>(launch.stream);
+  const cudaError_t zeroed = cudaMemsetAsync(launch.workspace, 0, kCounterBytes, stream);
+  if (zeroed != cudaSuccess) return zeroed;
+  char* workspace = static_cast<char*>(launch.workspace);
+  const StepCall call{step,
+                      are_aligned(step.updates) && are_aligned(step.targets[0]),
+                      reinterpret_cast<unsigned*>(workspace),
+                      reinterpret_cast<StepTotals*>(workspace + kCounterBytes),
+                      sums,
+                      stream};
+  switch (step.updates.dtype) {
+    case Dtype::kFloat32:
+      run_step<float>(call);
+      break;
+    case Dtype::kBFloat16:
+      run_step<__nv_bfloat16>(call);
+      break;
+    case Dtype::kFloat16:
+      run_step<__half>(call);
+      break;
   }
-  FEDCMT_LAUNCH(server_step_finish, 1, kThreads, on_stream, buffers, blocks, sums);
   return cudaGetLastError();
 }
 
-const char* error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+int64_t server_step_workspace_bytes(const StepArguments& step) {
+  return is_single(step) ? single_step_workspace_bytes(step) : general_step_workspace_bytes(step);
+}
+
+int server_step(const StepArguments& step, double* sums, const Launch& launch) {
+  const DeviceGuard guard(launch.device);
+  if (guard.status() != cudaSuccess) return guard.status();
+  return is_single(step) ? single_step(step, sums, launch) : general_step(step, sums, launch);
+}
 
 }  // namespace cuda
 }  // namespace fedcmt
