@@ -19,7 +19,7 @@ import torch
 from fedcmt.errors import InputError
 from fedcmt.files import copy_into, read_json, read_tensors, write_bytes, write_json, write_text
 from fedcmt.network import build_network
-from fedcmt.preprocessing import CONFIGURATION
+from fedcmt.preprocessing import configuration_name
 
 _STATE = re.compile(r"round-(\d{4,})\.safetensors")
 _KEPT_ROUNDS = 2  # should the newest be damaged, the one before still stands
@@ -97,6 +97,11 @@ class Workspace:
         return self.path / "config.yaml"
 
     @property
+    def contract(self) -> Path:
+        """The topology contract with its digest, and what it was chosen from."""
+        return self.path / "contract.json"
+
+    @property
     def metrics(self) -> Path:
         """One line a round and client, one a round for the server."""
         return self.path / "metrics.jsonl"
@@ -151,7 +156,7 @@ class Workspace:
         """Delete what a run left here, and nothing else."""
         for folder in ("server", "clients", "predictions", "tensorboard"):
             shutil.rmtree(self.path / folder, ignore_errors=True)
-        for path in (self.config, self.metrics, self.results, self.path / "report.html"):
+        for path in (self.config, self.contract, self.metrics, self.results, self.path / "report.html"):
             path.unlink(missing_ok=True)
 
     def committed_rounds(self, clients: Sequence[str]) -> list[int]:
@@ -213,7 +218,7 @@ def load_model(folder: ClientFolder) -> tuple[torch.nn.Module, dict[str, Any], d
     plans, dataset_json, facts = (read_json(path) for path in (folder.plans, folder.dataset_json, folder.facts))
     tensors, _ = read_tensors(folder.best)
     try:
-        architecture = plans["configurations"][CONFIGURATION]["architecture"]
+        architecture = plans["configurations"][configuration_name(plans)]["architecture"]
         network = build_network(architecture, len(dataset_json["channel_names"]), facts["num_heads"])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{folder.plans} describes no FedCMT network ({error})", field="plans") from None
@@ -238,7 +243,7 @@ def export_nnunet_model(folder: ClientFolder, target: Path) -> None:
         {
             "network_weights": network.state_dict(),
             "trainer_name": "nnUNetTrainer",
-            "init_args": {"configuration": CONFIGURATION},
+            "init_args": {"configuration": configuration_name(plans)},
             "inference_allowed_mirroring_axes": tuple(facts["mirror_axes"]),
         },
         checkpoint,

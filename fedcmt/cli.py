@@ -57,9 +57,8 @@ def preprocess(options: argparse.Namespace) -> None:
 
 def _preprocess_datasets(options: argparse.Namespace) -> None:
     from fedcmt.dataset import load_dataset
-    from fedcmt.plans import TopologyContract, prepare_client
+    from fedcmt.plans import TopologyContract, prepare_client, shape_summary
 
-    contract = TopologyContract.of(TopologyConfig())
     for identifier in options.datasets:
         dataset = load_dataset(_folder(options.raw, "raw"), identifier)
         modality = "CT" if "ct" in [name.lower() for name in dataset.channel_names] else "MR"
@@ -67,9 +66,10 @@ def _preprocess_datasets(options: argparse.Namespace) -> None:
             ClientConfig,
             {"name": dataset.name, "dataset": dataset.name, "modality": modality, "spacing": options.spacing},
         )
-        plan = prepare_client(
-            client, dataset, contract, _folder(options.preprocessed, "preprocessed"), workers=options.workers
-        )
+        folder = _folder(options.preprocessed, "preprocessed")
+        summary = shape_summary(client, dataset, folder, workers=options.workers)
+        contract = TopologyContract.of(TopologyConfig(auto=True), [summary])
+        plan = prepare_client(client, dataset, contract, folder, workers=options.workers)
         print(f"{dataset.name}: {_described(plan)}")
 
 

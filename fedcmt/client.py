@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,8 +13,10 @@ from fedcmt.checkpoint import ClientFolder
 from fedcmt.config import ClientConfig, FederationConfig
 from fedcmt.exchange import ClientDescription, ClientUpdate, Outgoing
 from fedcmt.files import read_tensors, write_tensors
+from fedcmt.initial_weights import Matched, start_from
 from fedcmt.objective import Validation
-from fedcmt.plans import ClientPlan, contract_digest
+from fedcmt.plans import ClientPlan
+from fedcmt.topology import contract_digest
 from fedcmt.trainer import Trainer
 
 
@@ -60,6 +62,10 @@ class Client:
             self._topology,
             self._trainer.encoder_layout.digest(),
         )
+
+    def start_from(self, weights: Mapping[str, Tensor]) -> Matched:
+        """Start the personal part from a checkpoint; encoder and adaptor come from the server."""
+        return start_from(self._trainer.network, weights, ["decoder"])
 
     def fit(
         self, outgoing: Outgoing | None, round_index: int, on_step: Callable[[str, int, int, float], None]

@@ -27,6 +27,7 @@ Name = Annotated[str, AfterValidator(_checked_name)]
 # Upper bounds are far beyond use; they turn a slip of the keyboard into a line instead of a machine out of memory.
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Width = Annotated[int, Field(ge=1, le=4096)]
+Depth = Annotated[int, Field(ge=1, le=16)]
 Strides = Annotated[list[Annotated[int, Field(ge=1, le=8)]], Field(min_length=3, max_length=3)]
 Kernel = Annotated[list[Annotated[int, Field(ge=1, le=31)]], Field(min_length=3, max_length=3)]
 Extent = Annotated[list[Annotated[int, Field(ge=1, le=1024)]], Field(min_length=3, max_length=3)]
@@ -42,19 +43,41 @@ class Settings(BaseModel):
 class TopologyConfig(Settings):
     """The network all clients share. Axes are in each client's plan order: the axis of lowest resolution first."""
 
+    auto: bool = Field(
+        False, description="choose stages, strides and kernels from the clients' merged shapes and spacings"
+    )
+    encoder: Literal["plain", "residual"] = "plain"
     features: list[Width] = Field([32, 64, 128, 256, 320], min_length=3, max_length=8)
     strides: list[Strides] | None = Field(None, description="one [d, h, w] a stage; default 1 in the first, then 2")
     kernel_sizes: list[Kernel] | None = Field(None, description="one [d, h, w] a stage, odd; default 3")
-    convs_per_stage: int = Field(2, ge=1, le=16)
+    convs_per_stage: Depth | list[Depth] = Field(2, description="of the plain encoder; one number or one a stage")
+    blocks_per_stage: Depth | list[Depth] | None = Field(
+        None, description="of the residual encoder; default nnU-Net's 1, 3, 4, 6, 6, ..."
+    )
     decoder_convs_per_stage: int = Field(1, ge=1, le=16)
     adaptor_width: Width = Field(32, description="channels between adaptor and encoder")
     norm: Literal["instance", "batch"] = "instance"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _auto_by_name(cls, data: Any) -> Any:
+        return {"auto": True} if data == "auto" else data
+
+    @model_validator(mode="after")
+    def _settings_fit_each_other(self) -> TopologyConfig:
+        if self.auto and (self.strides or self.kernel_sizes):
+            raise ValueError("strides and kernel_sizes should be left out with auto, which chooses them")
+        if self.encoder == "plain" and self.blocks_per_stage is not None:
+            raise ValueError("blocks_per_stage should be left out unless encoder is residual")
+        if self.encoder == "residual" and self.convs_per_stage != 2:
+            raise ValueError("convs_per_stage should be left out unless encoder is plain; use blocks_per_stage")
+        return self
+
     @model_validator(mode="after")
     def _one_entry_a_stage(self) -> TopologyConfig:
-        for name in ("strides", "kernel_sizes"):
+        for name in ("strides", "kernel_sizes", "convs_per_stage", "blocks_per_stage"):
             value = getattr(self, name)
-            if value is not None and len(value) != len(self.features):
+            if not self.auto and isinstance(value, list) and len(value) != len(self.features):
                 raise ValueError(f"{name} should have one entry per stage ({len(self.features)}), found {len(value)}")
         if any(size % 2 == 0 for sizes in self.kernel_sizes or [] for size in sizes):
             raise ValueError("kernel_sizes should be odd")
@@ -96,6 +119,9 @@ class ClientConfig(Settings):
     dataset: int | str = Field(description="number or full name of an nnU-Net raw dataset, 901 or Dataset901_Chest")
     modality: Annotated[str, Field(pattern=r"^[A-Za-z0-9]{1,16}$")] = Field(description="CT, MR, PET, ...")
     task: Literal["segmentation", "classification"] | None = Field(None, description="default: what the dataset holds")
+    configuration: Literal["3d_fullres", "2d"] | None = Field(
+        None, description="nnU-Net's; default 3d_fullres, and 2d for datasets of single slices"
+    )
     channels: Width | None = Field(None, description="number of input channels; checked when given")
     spacing: Spacing | None = Field(
         None, description="target voxel spacing in mm, in the order of the stored array (z, y, x); default: nnU-Net's"
@@ -104,6 +130,7 @@ class ClientConfig(Settings):
     batch_size: Width | None = None
     fold: Annotated[int, Field(ge=0)] | Literal["all"] = 0
     local_steps: Count | None = Field(None, description="instead of training.local_steps")
+    initial_weights: Path | None = Field(None, description="checkpoint that the client's own decoder starts from")
 
 
 class StrategyConfig(BaseModel):
@@ -131,6 +158,7 @@ class FederationConfig(Settings):
     preprocessed: Path | None = Field(None, description="default: the environment variable nnUNet_preprocessed")
     workspace: Path | None = Field(None, description="default: workspace/<name>")
     preprocessing_workers: int = Field(2, ge=1, le=256)
+    initial_weights: Path | None = Field(None, description="checkpoint that the encoder and adaptors start from")
     strategy: StrategyConfig = StrategyConfig()
     topology: TopologyConfig = TopologyConfig()
     training: TrainingConfig = TrainingConfig()
@@ -287,6 +315,8 @@ def _step_into(node: Any, key: str, override: str) -> Any:
     child = node.setdefault(key, {})
     if key == "strategy" and isinstance(child, str):
         child = node[key] = {"name": child}
+    if key == "topology" and child == "auto":
+        child = node[key] = {"auto": True}
     if not isinstance(child, (dict, list)):
         raise InputError(f"'{key}' in '{override}' has no settings below it", field="--set")
     return child

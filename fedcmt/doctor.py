@@ -7,11 +7,13 @@ import platform
 import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
 from fedcmt import __version__, ops
 
+TRAINER_FOLDER = Path(__file__).parent / "nnunet_ext"
 _PACKAGES = ("torch", "torchvision", "nnunetv2", "numpy", "SimpleITK", "nibabel", "safetensors", "tensorboard")
 
 
@@ -28,6 +30,7 @@ def examination() -> Iterator[str]:
     for which in ("raw", "preprocessed"):
         folder = os.environ.get(f"nnUNet_{which}")
         yield f"nnUNet_{which}: " + (folder or "not set; give it in the config")
+    yield from _stock_training()
 
 
 def _extension() -> Iterator[str]:
@@ -40,6 +43,14 @@ def _extension() -> Iterator[str]:
         yield f"  CUDA kernels for {', '.join(info.cuda_architectures)}"
     else:
         yield "  no CUDA kernels; updates on a GPU use the torch reference: install with nvcc to build them"
+
+
+def _stock_training() -> Iterator[str]:
+    known = [Path(path).resolve() for path in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep) if path]
+    if TRAINER_FOLDER.resolve() in known:
+        yield "nnUNet_extTrainer: has FedCMT's trainer (nnUNetv2_train ... -tr nnUNetTrainerFedCMT)"
+    else:
+        yield f"nnUNet_extTrainer: for nnUNetv2_train ... -tr nnUNetTrainerFedCMT: export nnUNet_extTrainer={TRAINER_FOLDER}"
 
 
 def _hardware() -> Iterator[str]:

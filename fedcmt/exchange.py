@@ -8,6 +8,21 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class ShapeSummary:
+    """All that a client tells before the topology is chosen (``topology: auto``). Nothing per case, no intensities.
+
+    Attributes:
+        num_cases: Training cases.
+        spacing: Target voxel spacing of the client's plan in mm, lowest resolution first; two numbers for 2D.
+        median_shape: Median shape of the training cases at that spacing, in multiples of 8 voxels where above 8.
+    """
+
+    num_cases: int
+    spacing: tuple[float, ...]
+    median_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class ClientDescription:
     """What a client tells about itself on joining. Nothing per case, no intensities."""
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fedcmt import strategies
 from fedcmt.checkpoint import Workspace, export_nnunet_model
@@ -16,16 +17,19 @@ from fedcmt.client import Client
 from fedcmt.config import FederationConfig, dump_config, load_config
 from fedcmt.curves import Curves
 from fedcmt.data.nnunet_loader import NnunetRules
-from fedcmt.dataset import load_dataset
+from fedcmt.dataset import RawDataset, load_dataset
 from fedcmt.device import choose_device
 from fedcmt.display import Display, open_display
 from fedcmt.errors import InputError
+from fedcmt.exchange import ShapeSummary
 from fedcmt.files import read_json, write_json, write_text
-from fedcmt.plans import ClientPlan, TopologyContract, check_client, prepare_client
+from fedcmt.initial_weights import Matched, read_weights
+from fedcmt.plans import ClientPlan, check_client, prepare_client, shape_summary
 from fedcmt.preprocessing import preprocessing_warnings
 from fedcmt.report import write_report
 from fedcmt.scoring import score_client
 from fedcmt.server import Server
+from fedcmt.topology import TopologyContract
 
 # A workspace goes on only with the settings it was made with; these change no result of the rounds already done.
 _FREE_TO_CHANGE = {
@@ -78,20 +82,23 @@ def run_federation(
         first = 1 if fresh else max(workspace.committed_rounds(names), default=0) + 1
         display: Display = open_display(config.rounds, names, first_round=first)
         stack.enter_context(display)
-        plans = _prepare(config, datasets, display)
+        contract, plans = _prepare(config, datasets, display)
         stack.enter_context(workspace.locked())
-        if fresh:
-            workspace.clear()
-        _write_descriptions(workspace, config, plans)
         clients = [Client(c, config, plans[c.name], workspace.client(c.name), device) for c in config.clients]
+        weights = _initial_weights(config) if first == 1 else {}
         server = Server(
             strategy,
-            TopologyContract.of(config.topology),
+            contract.topology,
             [client.describe() for client in clients],
             seed=config.seed,
             device=device,
             backend=config.backend,
+            initial_weights=weights.get(config.initial_weights),
         )
+        _start(config, weights, server, clients, display)
+        if fresh:
+            workspace.clear()
+        _write_descriptions(workspace, config, contract, plans)
         lines = _resume(workspace, server, clients, display)
         curves = stack.enter_context(Curves(workspace.tensorboard, server.round_index))
         for round_index in range(server.round_index + 1, config.rounds + 1):
@@ -138,22 +145,95 @@ def prepare_clients(config: FederationConfig) -> dict[str, ClientPlan]:
     datasets = [load_dataset(config.folder("raw"), c.dataset, client=c.name) for c in config.clients]
     display: Display = open_display(config.rounds, [client.name for client in config.clients])
     with display:
-        return _prepare(config, datasets, display)
+        return _prepare(config, datasets, display)[1]
 
 
-def _prepare(config: FederationConfig, datasets: Sequence[Any], display: Display) -> dict[str, ClientPlan]:
-    contract, plans = TopologyContract.of(config.topology), {}
+@dataclass(frozen=True)
+class Contract:
+    """The federation's topology, and with ``auto`` what each client told for choosing it."""
+
+    topology: TopologyContract
+    chosen_from: Mapping[str, ShapeSummary]
+
+    def as_json(self) -> dict[str, Any]:
+        """For the workspace."""
+        summaries = {name: asdict(self.chosen_from[name]) for name in sorted(self.chosen_from)}
+        return {"digest": self.topology.digest(), "topology": self.topology.arch_kwargs, "chosen_from": summaries}
+
+
+def _prepare(
+    config: FederationConfig, datasets: Sequence[RawDataset], display: Display
+) -> tuple[Contract, dict[str, ClientPlan]]:
+    contract, plans = _contract(config, datasets, display), {}
     for client, dataset in zip(config.clients, datasets, strict=True):
         display.note(f"{client.name}: {dataset.name}, checking, planning and preprocessing what is new")
         plan = prepare_client(
-            client, dataset, contract, config.folder("preprocessed"), workers=config.preprocessing_workers
+            client, dataset, contract.topology, config.folder("preprocessed"), workers=config.preprocessing_workers
         )
         for warning in preprocessing_warnings(plan.folder):
             display.note(f"{client.name}: warning: {warning}")
         if plan.validates_on_training:
             display.note(f"{client.name}: too few cases to hold one out, validating on training cases")
         plans[client.name] = plan
-    return plans
+    return contract, plans
+
+
+def _contract(config: FederationConfig, datasets: Sequence[RawDataset], display: Display) -> Contract:
+    if not config.topology.auto:
+        return Contract(TopologyContract.of(config.topology), {})
+    told = {}
+    for client, dataset in zip(config.clients, datasets, strict=True):
+        display.note(f"{client.name}: {dataset.name}, shapes and spacings for the topology")
+        told[client.name] = shape_summary(
+            client, dataset, config.folder("preprocessed"), workers=config.preprocessing_workers
+        )
+    contract = TopologyContract.of(config.topology, list(told.values()))
+    display.note(f"topology chosen: strides {contract.arch_kwargs['strides']}, digest {contract.digest()[:12]}")
+    return Contract(contract, told)
+
+
+def _initial_weights(config: FederationConfig) -> dict[Path | None, dict[str, Tensor]]:
+    """The checkpoints that the federation and its clients start from, each read once."""
+    weights: dict[Path | None, dict[str, Tensor]] = {}
+    for name, path in [(None, config.initial_weights), *((c.name, c.initial_weights) for c in config.clients)]:
+        if path is None or path in weights:
+            continue
+        try:
+            weights[path] = read_weights(path)
+        except InputError as error:
+            raise error.located(client=name, field="initial_weights") from None
+    return weights
+
+
+def _start(
+    config: FederationConfig,
+    weights: Mapping[Path | None, Mapping[str, Tensor]],
+    server: Server,
+    clients: Sequence[Client],
+    display: Display,
+) -> None:
+    """Start the clients' decoders, and print what everybody took from the checkpoints."""
+    if not weights:
+        return
+    if config.initial_weights:
+        _report_matches(config.initial_weights, server.matched, None, display)
+    for settings, client in zip(config.clients, clients, strict=True):
+        if settings.initial_weights:
+            matched = client.start_from(weights[settings.initial_weights])
+            _report_matches(settings.initial_weights, {"decoder": matched}, client.name, display)
+
+
+def _report_matches(path: Path, matches: Mapping[str, Matched], client: str | None, display: Display) -> None:
+    for part, matched in matches.items():
+        for line in matched.lines():
+            display.note(f"{client + ': ' if client else ''}{path.name} -> {part}: {line}")
+    if not any(matched.taken for matched in matches.values()):
+        raise InputError(
+            f"nothing in {path} matches the {' or the '.join(matches)} by name and shape",
+            client=client,
+            field="initial_weights",
+            fix="use a checkpoint of the same topology",
+        )
 
 
 def _check_same_federation(workspace: Workspace, config: FederationConfig) -> None:
@@ -170,8 +250,11 @@ def _check_same_federation(workspace: Workspace, config: FederationConfig) -> No
         )
 
 
-def _write_descriptions(workspace: Workspace, config: FederationConfig, plans: Mapping[str, ClientPlan]) -> None:
+def _write_descriptions(
+    workspace: Workspace, config: FederationConfig, contract: Contract, plans: Mapping[str, ClientPlan]
+) -> None:
     write_text(workspace.config, dump_config(config))
+    write_json(workspace.contract, contract.as_json())
     for name, plan in plans.items():
         folder = workspace.client(name)
         write_json(folder.plans, plan.plans)

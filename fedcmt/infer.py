@@ -29,7 +29,7 @@ from fedcmt.errors import InputError
 from fedcmt.files import write_bytes, write_text
 from fedcmt.objective import whole_case
 from fedcmt.plans import TopologyContract
-from fedcmt.preprocessing import CONFIGURATION
+from fedcmt.preprocessing import configuration_name
 from fedcmt.volume import Volume, read_volume, write_segmentation
 
 ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")
@@ -68,7 +68,7 @@ class Predictor:
         network, self._plans, self._dataset_json, self._facts = load_model(folder)
         self._network = network.to(self._device)
         self._manager = PlansManager(deepcopy(self._plans))
-        self._configuration = self._manager.get_configuration(CONFIGURATION)
+        self._configuration = self._manager.get_configuration(configuration_name(self._plans))
         self._mirror_axes = tuple(self._facts["mirror_axes"]) if mirroring else None
         if self.task == "segmentation":
             with redirect_stdout(io.StringIO()):  # it prints a remark on every CPU

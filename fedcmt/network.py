@@ -1,7 +1,8 @@
 """The network: the modality group's adaptor, the shared encoder, and the client's own decoder or head.
 
 Building blocks are those of nnU-Net's ``dynamic_network_architectures``. The constructors take nnU-Net's arguments, so
-that stock nnU-Net builds :class:`FedCMTNet` from a plans file.
+that stock nnU-Net builds :class:`FedCMTNet` from a plans file. Networks are three-dimensional; a batch of slices
+`[B, C, H, W]`, as of nnU-Net's ``2d`` configuration, passes as volumes of one slice and needs strides of 1 along D.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from typing import Any, Literal
 
 import torch
 from dynamic_network_architectures.building_blocks.plain_conv_encoder import PlainConvEncoder
+from dynamic_network_architectures.building_blocks.residual_encoders import ResidualEncoder
 from dynamic_network_architectures.building_blocks.simple_conv_blocks import ConvDropoutNormReLU
 from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
-from dynamic_network_architectures.initialization.weight_init import InitWeights_He
+from dynamic_network_architectures.initialization.weight_init import InitWeights_He, init_last_bn_before_add_to_0
 from torch import Tensor, nn
 
 Part = Literal["adaptor", "encoder", "decoder"]
@@ -30,7 +32,8 @@ class AdaptedEncoder(nn.Module):
         features_per_stage: Channels of each.
         kernel_sizes: `[d, h, w]` of each.
         strides: `[d, h, w]` of each stage's first convolution.
-        n_conv_per_stage: Convolutions of each.
+        n_conv_per_stage: Convolutions of each, which makes the encoder a plain one.
+        n_blocks_per_stage: Residual blocks of each, which makes it a residual one; exactly one of the two is given.
         adaptor_width: Channels between adaptor and encoder.
         conv_op: Convolution; the adaptor is one of the first stage's kernel size.
         conv_bias: Whether convolutions have a bias.
@@ -48,7 +51,8 @@ class AdaptedEncoder(nn.Module):
         features_per_stage: Sequence[int],
         kernel_sizes: Sequence[Sequence[int]],
         strides: Sequence[Sequence[int]],
-        n_conv_per_stage: Sequence[int],
+        n_conv_per_stage: Sequence[int] | None = None,
+        n_blocks_per_stage: Sequence[int] | None = None,
         adaptor_width: int = 32,
         conv_op: type[nn.Module],
         conv_bias: bool = True,
@@ -58,6 +62,11 @@ class AdaptedEncoder(nn.Module):
         nonlin_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        if (n_conv_per_stage is None) == (n_blocks_per_stage is None):
+            raise ValueError(
+                "exactly one of `n_conv_per_stage` and `n_blocks_per_stage` should be given. "
+                f"Got {n_conv_per_stage} and {n_blocks_per_stage}."
+            )
         block: dict[str, Any] = {
             "conv_bias": conv_bias,
             "norm_op": norm_op,
@@ -66,22 +75,24 @@ class AdaptedEncoder(nn.Module):
             "nonlin_kwargs": nonlin_kwargs,
         }
         self.adaptor = ConvDropoutNormReLU(conv_op, input_channels, adaptor_width, kernel_sizes[0], 1, **block)
-        self.encoder = PlainConvEncoder(
+        kind = PlainConvEncoder if n_blocks_per_stage is None else ResidualEncoder
+        self.encoder = kind(
             adaptor_width,
             n_stages,
             features_per_stage,
             conv_op,
             kernel_sizes,
             strides,
-            n_conv_per_stage,
+            n_conv_per_stage or n_blocks_per_stage,
             return_skips=True,
             **block,
         )
 
     @staticmethod
     def initialize(module: nn.Module) -> None:
-        """nnU-Net's initialisation of one module (He, negative slope 0.01)."""
+        """nnU-Net's initialisation of one module: He, negative slope 0.01; residual blocks begin as identities."""
         InitWeights_He(1e-2)(module)
+        init_last_bn_before_add_to_0(module)
 
 
 class FedCMTNet(AdaptedEncoder):
@@ -110,7 +121,13 @@ class FedCMTNet(AdaptedEncoder):
         del self.decoder.encoder
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """A batch `[B, C, D, H, W]` -> logits `[B, K, D, H, W]`; with deep supervision a list, finest first."""
+        """A batch `[B, C, D, H, W]` -> logits `[B, K, D, H, W]`; with deep supervision a list, finest first.
+
+        Slices `[B, C, H, W]` give logits `[B, K, H, W]`.
+        """
+        if x.ndim == 4:
+            outputs = self(x[:, :, None])
+            return [output[:, :, 0] for output in outputs] if isinstance(outputs, list) else outputs[:, :, 0]
         return self.decoder(self.encoder(self.adaptor(x)))
 
 
@@ -147,7 +164,9 @@ class FedCMTClassifier(AdaptedEncoder):
         self.decoder = PooledHead(topology["conv_op"], topology["features_per_stage"][-1], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """A batch `[B, C, D, H, W]` -> class scores `[B, K]`."""
+        """A batch `[B, C, D, H, W]`, or of slices `[B, C, H, W]` -> class scores `[B, K]`."""
+        if x.ndim == 4:
+            x = x[:, :, None]
         return self.decoder(self.encoder(self.adaptor(x))[-1])
 
 

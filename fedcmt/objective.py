@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from fedcmt.config import TrainingConfig
 from fedcmt.data.nnunet_loader import NnunetRules, next_batch
 from fedcmt.metrics import classification_scores
-from fedcmt.plans import ClientPlan, TopologyContract
+from fedcmt.plans import ClientPlan
+from fedcmt.topology import TopologyContract
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class SegmentationObjective:
             if self._labels.has_ignore_label:
                 mask = (target != self._labels.ignore_label).float()
                 target = torch.where(mask.bool(), target, 0)
-        tp, fp, fn, _ = get_tp_fp_fn_tn(prediction, target, axes=[0, 2, 3, 4], mask=mask)
+        tp, fp, fn, _ = get_tp_fp_fn_tn(prediction, target, axes=[0, *range(2, logits.ndim)], mask=mask)
         first = 0 if self._labels.has_regions else 1
         return np.stack([count[first:].cpu().numpy() for count in (tp, fp, fn)])
 
@@ -164,9 +165,10 @@ class ClassificationObjective:
 def whole_case(image: Tensor, patch_size: list[int], divisor: np.ndarray) -> Tensor:
     """A case as one network input: `[C, D, H, W]` -> `[1, C, D', H', W']`, padded with zeros.
 
-    At least the size trained on, and a multiple of the topology's strides.
+    At least the size trained on (`[D, H, W]`, or `[H, W]` for single slices), and a multiple of the topology's strides.
     """
-    return pad_nd_image(image, patch_size, "constant", {"value": 0}, False, [1, *map(int, divisor)])[None]
+    size = [1] * (3 - len(patch_size)) + list(patch_size)
+    return pad_nd_image(image, size, "constant", {"value": 0}, False, [1, *map(int, divisor)])[None]
 
 
 def _recall(prediction: np.ndarray, truth: np.ndarray, label: int) -> float | None:

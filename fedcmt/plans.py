@@ -1,4 +1,4 @@
-"""The federation's topology contract, injected into each client's own nnU-Net plan.
+"""The federation's topology contract, injected into each client's own nnU-Net plan; what a client tells; its split.
 
 All clients share one encoder, so the network's topology is the federation's and not the client's. Spacing,
 normalisation, patch and batch stay each client's own, and intensity statistics never leave it.
@@ -6,9 +6,8 @@ normalisation, patch and batch stay each client's own, and intensity statistics 
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,73 +18,24 @@ from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from sklearn.model_selection import StratifiedKFold
 
-from fedcmt.config import ClientConfig, TopologyConfig
+from fedcmt.config import ClientConfig
 from fedcmt.dataset import RawDataset
 from fedcmt.errors import InputError
-from fedcmt.preprocessing import CONFIGURATION, preprocessed_plan
+from fedcmt.exchange import ShapeSummary
+from fedcmt.preprocessing import configuration_name, preprocessed_plan
+from fedcmt.topology import TopologyContract, contract_digest
 
-_NORMS = {
-    "instance": ("torch.nn.modules.instancenorm.InstanceNorm3d", {"eps": 1e-5, "affine": True}),
-    "batch": ("torch.nn.modules.batchnorm.BatchNorm3d", {"eps": 1e-5, "affine": True}),
-}
+__all__ = [
+    "ClientPlan",
+    "TopologyContract",
+    "check_client",
+    "contract_digest",
+    "make_splits",
+    "prepare_client",
+    "shape_summary",
+]
+
 _SPLIT_SEED = 12345  # nnU-Net's own, so that equal cases give equal folds
-
-
-@dataclass(frozen=True)
-class TopologyContract:
-    """What every client's network must agree on: stages, features, kernels, strides, norm, adaptor width."""
-
-    arch_kwargs: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, config: TopologyConfig) -> TopologyContract:
-        """Fill in a topology's defaults."""
-        stages = len(config.features)
-        norm, norm_kwargs = _NORMS[config.norm]
-        return cls(
-            {
-                "n_stages": stages,
-                "features_per_stage": list(config.features),
-                "conv_op": "torch.nn.modules.conv.Conv3d",
-                "kernel_sizes": config.kernel_sizes or [[3, 3, 3]] * stages,
-                "strides": config.strides or [[1, 1, 1]] + [[2, 2, 2]] * (stages - 1),
-                "n_conv_per_stage": [config.convs_per_stage] * stages,
-                "n_conv_per_stage_decoder": [config.decoder_convs_per_stage] * (stages - 1),
-                "conv_bias": True,
-                "norm_op": norm,
-                "norm_op_kwargs": norm_kwargs,
-                "nonlin": "torch.nn.LeakyReLU",
-                "nonlin_kwargs": {"inplace": True},
-                "adaptor_width": config.adaptor_width,
-            }
-        )
-
-    def architecture(self, task: str) -> dict[str, Any]:
-        """The ``architecture`` block of a client's plan."""
-        kwargs = dict(self.arch_kwargs)
-        if task == "classification":
-            del kwargs["n_conv_per_stage_decoder"]
-        name = "FedCMTClassifier" if task == "classification" else "FedCMTNet"
-        return {
-            "network_class_name": f"fedcmt.network.{name}",
-            "arch_kwargs": kwargs,
-            "_kw_requires_import": ["conv_op", "norm_op", "nonlin"],
-        }
-
-    @property
-    def divisor(self) -> np.ndarray:
-        """`[3]`: input sizes must be multiples of the strides' product."""
-        return np.prod(np.asarray(self.arch_kwargs["strides"]), axis=0)
-
-    def digest(self) -> str:
-        """Hash of the contract, compared when clients, checkpoints and models meet. Decoders are personal."""
-        shared = {key: value for key, value in self.arch_kwargs.items() if key != "n_conv_per_stage_decoder"}
-        return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()
-
-
-def contract_digest(architecture: Mapping[str, Any]) -> str:
-    """The digest of the contract that a plan's ``architecture`` block was made from."""
-    return TopologyContract(architecture["arch_kwargs"]).digest()
 
 
 @dataclass(frozen=True)
@@ -109,12 +59,12 @@ class ClientPlan:
     @property
     def configuration(self) -> ConfigurationManager:
         """nnU-Net's view of the one configuration in the plan."""
-        return self.plans_manager.get_configuration(CONFIGURATION)
+        return self.plans_manager.get_configuration(configuration_name(self.plans))
 
     @property
     def architecture(self) -> dict[str, Any]:
         """The network's description, from the contract."""
-        return self.plans["configurations"][CONFIGURATION]["architecture"]
+        return self.plans["configurations"][configuration_name(self.plans)]["architecture"]
 
     @property
     def num_heads(self) -> int:
@@ -183,26 +133,71 @@ def prepare_client(
         InputError: The dataset or the client's settings are wrong.
     """
     task = check_client(client, dataset)
-    plans, dataset_json, folder = preprocessed_plan(
-        dataset, task, preprocessed, spacing=client.spacing, client=client.name, workers=workers
-    )
+    plans, dataset_json, folder = _nnunet_plan(client, dataset, task, preprocessed, workers)
     plans = deepcopy(plans)
     plans["plans_name"] = "FedCMTPlans"
-    configuration = plans["configurations"][CONFIGURATION]
+    configuration = plans["configurations"][configuration_name(plans)]
     configuration["architecture"] = contract.architecture(task)
     planned = configuration["patch_size"]
+    dimensions = len(planned)
+    if dimensions == 2 and contract.divisor[0] != 1:
+        raise InputError(
+            f"single slices need a network without strides along the first axis, the topology's are "
+            f"{contract.divisor.tolist()}",
+            client=client.name,
+            field="configuration",
+            fix="set topology: auto, or strides such as [1, 2, 2]",
+        )
     if task == "classification":
-        configuration["patch_size"] = _whole_case_size(client, folder, dataset, contract)
+        size = _whole_case_size(client, folder, dataset, contract, dimensions)
     else:
-        configuration["patch_size"] = _patch_size(client, planned, contract)
+        size = _patch_size(client, planned, contract)
+    configuration["patch_size"] = size[-dimensions:]
     configuration["batch_size"] = client.batch_size or int(configuration["batch_size"])
     train, validation = _split(client, dataset, task, folder.parent)
     group = f"{client.modality.upper()}-{len(dataset.channel_names)}"
     return ClientPlan(dataset, task, group, plans, dataset_json, folder, train, validation)
 
 
+def shape_summary(client: ClientConfig, dataset: RawDataset, preprocessed: Path, *, workers: int = 2) -> ShapeSummary:
+    """All that a client tells before the topology is chosen; preprocesses where needed.
+
+    Raises:
+        InputError: The dataset or the client's settings are wrong.
+    """
+    task = check_client(client, dataset)
+    plans, _, _ = _nnunet_plan(client, dataset, task, preprocessed, workers)
+    configuration = plans["configurations"][configuration_name(plans)]
+    # The median of few cases is close to one case's own size; multiples of 8 say enough for a topology.
+    shape = (int(n) if n < 8 else 8 * round(n / 8) for n in configuration["median_image_size_in_voxels"])
+    spacing = (float(f"{s:.3g}") for s in configuration["spacing"])
+    return ShapeSummary(len(dataset.train), tuple(spacing), tuple(shape))
+
+
+def _nnunet_plan(
+    client: ClientConfig, dataset: RawDataset, task: str, preprocessed: Path, workers: int
+) -> tuple[dict[str, Any], dict[str, Any], Path]:
+    return preprocessed_plan(
+        dataset,
+        task,
+        preprocessed,
+        spacing=client.spacing,
+        configuration=client.configuration,
+        client=client.name,
+        workers=workers,
+    )
+
+
 def _patch_size(client: ClientConfig, planned: Sequence[int], contract: TopologyContract) -> list[int]:
-    size = np.asarray(client.patch_size or planned)
+    flat = len(planned) == 2
+    if client.patch_size and flat and client.patch_size[0] != 1:
+        raise InputError(
+            f"{client.patch_size} for a client of single slices",
+            client=client.name,
+            field="patch_size",
+            fix=f"use {[1, *client.patch_size[1:]]}",
+        )
+    size = np.asarray(client.patch_size or ([1, *planned] if flat else planned))
     rounded = np.maximum(size // contract.divisor, 1) * contract.divisor
     if client.patch_size and not np.array_equal(size, rounded):
         raise InputError(
@@ -225,7 +220,9 @@ def _with_depth_below(client: ClientConfig, size: np.ndarray, contract: Topology
     return [int(n) for n in size]
 
 
-def _whole_case_size(client: ClientConfig, folder: Path, dataset: RawDataset, contract: TopologyContract) -> list[int]:
+def _whole_case_size(
+    client: ClientConfig, folder: Path, dataset: RawDataset, contract: TopologyContract, dimensions: int
+) -> list[int]:
     """Classification sees whole cases: the largest case, rounded up. The class of a patch is not known."""
     import blosc2
 
@@ -237,6 +234,13 @@ def _whole_case_size(client: ClientConfig, folder: Path, dataset: RawDataset, co
             fix="remove patch_size; a coarser spacing makes cases smaller",
         )
     shapes = [blosc2.open(str(folder / f"{case}.b2nd"), mode="r").shape[1:] for case in dataset.train]
+    if dimensions == 2 and any(shape[0] != 1 for shape in shapes):
+        raise InputError(
+            f"{dataset.name} has cases of several slices, and classification uses whole cases",
+            client=client.name,
+            field="configuration",
+            fix="use 3d_fullres",
+        )
     size = -(-np.max(shapes, axis=0) // contract.divisor) * contract.divisor
     return _with_depth_below(client, size, contract)
 

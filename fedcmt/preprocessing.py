@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from copy import deepcopy
@@ -31,6 +31,7 @@ from fedcmt.files import read_json, write_json
 from fedcmt.volume import read_volume, write_segmentation
 
 CONFIGURATION = "3d_fullres"
+SLICES = "2d"
 _RECORD = "fedcmt_preprocessed.json"
 
 
@@ -40,6 +41,7 @@ def preprocessed_plan(
     preprocessed: Path,
     *,
     spacing: Sequence[float] | None,
+    configuration: str | None = None,
     client: str | None = None,
     workers: int = 2,
 ) -> tuple[dict[str, Any], dict[str, Any], Path]:
@@ -50,19 +52,23 @@ def preprocessed_plan(
         task: ``segmentation`` or ``classification``; the latter needs no label maps.
         preprocessed: nnU-Net's folder of preprocessed datasets.
         spacing: Target spacing `[3]` in mm in the order of the stored array (z, y, x), or nnU-Net's choice.
+        configuration: ``3d_fullres`` or ``2d``; None for 2d exactly where the images are single slices.
         client: For messages.
         workers: Threads.
 
     Returns:
-        nnU-Net's plans with the one configuration ``3d_fullres``, its dataset.json, the folder of preprocessed cases.
+        nnU-Net's plans with one configuration, its dataset.json, the folder of preprocessed cases.
 
     Raises:
         InputError: The images are unfit or nnU-Net cannot plan for them.
     """
     identifier = "fedcmt_" + ("planned" if spacing is None else "x".join(f"{s:g}" for s in spacing))
+    if configuration == SLICES:
+        identifier += "_2d"
     target = preprocessed / dataset.name
     folder = target / (f"{identifier}_classification" if task == "classification" else identifier)
     settings = [dataset.dataset_json, dataset.class_names, task, list(spacing or []), version("nnunetv2")]
+    settings += [configuration] if configuration else []
     inputs = _digest(settings, dataset.train.values())
     checked = _digest([inputs], dataset.test.values())
     record = folder / _RECORD
@@ -82,7 +88,7 @@ def preprocessed_plan(
         redirect_stderr(log),
         _nnunet_folders(raw, preprocessed),
     ):
-        plans, dataset_json = _run_nnunet(dataset, folder, spacing, client, workers)
+        plans, dataset_json = _run_nnunet(dataset, folder, spacing, configuration, client, workers)
     facts = {"inputs": inputs, "checked": checked, "warnings": warnings, "plans": plans, "dataset_json": dataset_json}
     write_json(record, facts)
     return plans, dataset_json, folder
@@ -94,7 +100,12 @@ def preprocessing_warnings(folder: Path) -> list[str]:
 
 
 def _run_nnunet(
-    dataset: RawDataset, folder: Path, spacing: Sequence[float] | None, client: str | None, workers: int
+    dataset: RawDataset,
+    folder: Path,
+    spacing: Sequence[float] | None,
+    configuration: str | None,
+    client: str | None,
+    workers: int,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     extractor = DatasetFingerprintExtractor(dataset.name, num_processes=min(workers, len(dataset.train)))
     extractor.show_progress_bar = False
@@ -124,18 +135,39 @@ def _run_nnunet(
         ) from error
     plans_file = folder.parent / f"{folder.name}.json"
     plans = read_json(plans_file)
-    if CONFIGURATION not in plans["configurations"]:
-        raise InputError(
-            f"{dataset.name} has single-slice images; nnU-Net plans no 3D configuration for it",
-            client=client,
-            field="dataset",
-            fix="use volumes with more than one slice",
-        )
-    plans["configurations"] = {CONFIGURATION: plans["configurations"][CONFIGURATION] | {"data_identifier": folder.name}}
+    name = _chosen_configuration(plans, configuration, dataset, client)
+    plans["configurations"] = {name: plans["configurations"][name] | {"data_identifier": folder.name}}
     write_json(plans_file, plans)
     dataset_json = read_json(folder.parent / "dataset.json")
     _preprocess_cases(folder, plans, dataset_json, Path(extractor.input_folder), workers)
     return plans, dataset_json
+
+
+def configuration_name(plans: Mapping[str, Any]) -> str:
+    """The one configuration of a client's plan: ``3d_fullres`` or ``2d``."""
+    return str(next(iter(plans["configurations"])))
+
+
+def _chosen_configuration(
+    plans: Mapping[str, Any], configuration: str | None, dataset: RawDataset, client: str | None
+) -> str:
+    single_slices = CONFIGURATION not in plans["configurations"]
+    if single_slices and configuration == CONFIGURATION:
+        raise InputError(
+            f"{dataset.name} has single-slice images; nnU-Net plans no 3D configuration for it",
+            client=client,
+            field="configuration",
+            fix="leave it out or use 2d",
+        )
+    # nnU-Net takes the axis of largest spacing for that of the slices.
+    if not single_slices and 1 in plans["configurations"][CONFIGURATION]["median_image_size_in_voxels"]:
+        raise InputError(
+            f"{dataset.name} has single-slice images whose slices are thinner than their pixels are wide",
+            client=client,
+            field="spacing",
+            fix="set spacing: [999, Y, X] with the pixels' spacing",
+        )
+    return configuration or (SLICES if single_slices else CONFIGURATION)
 
 
 def _preprocess_cases(
@@ -143,7 +175,7 @@ def _preprocess_cases(
 ) -> None:
     manager = PlansManager(plans)
     files = get_filenames_of_train_images_and_targets(str(raw), deepcopy(dataset_json))
-    configuration = manager.get_configuration(CONFIGURATION)
+    configuration = manager.get_configuration(configuration_name(plans))
     jobs: list[tuple[Any, ...]] = [
         (str(folder / case), paths["images"], paths["label"], manager, configuration, dataset_json)
         for case, paths in files.items()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from fedcmt import ops
 from fedcmt.errors import InputError, RunError
 from fedcmt.exchange import ClientDescription, ClientUpdate, Outgoing
 from fedcmt.files import copy_into, read_tensors, write_tensors
+from fedcmt.initial_weights import Matched, start_from
 from fedcmt.layout import FlatLayout
 from fedcmt.network import Part, build_network, parameters_of
-from fedcmt.plans import TopologyContract
 from fedcmt.seeding import derive_seed, seeded
 from fedcmt.strategies import Strategy
 from fedcmt.strategies.base import by_cases
+from fedcmt.topology import TopologyContract
 
 
 class Server:
@@ -30,6 +32,7 @@ class Server:
         contract: The topology all clients must agree on.
         clients: Who takes part.
         seed: The federation's seed; gives the common start.
+        initial_weights: Tensors that the common start takes where name and shape match; see ``matched``.
         device: Where the shared parameters live.
         backend: Of :mod:`fedcmt.ops`.
 
@@ -46,17 +49,19 @@ class Server:
         seed: int,
         device: torch.device,
         backend: ops.Backend = "auto",
+        initial_weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._strategy, self._topology, self._device, self._backend = strategy, contract.digest(), device, backend
         self._clients = {client.name: client for client in clients}
         self._keys = {client.name: strategy.adaptor_key(client) for client in clients}
-        self._encoder, layout = _initial_part(contract, 1, "encoder", seed, "encoder", device)
+        self.matched: dict[str, Matched] = {}  # encoder and adaptors -> what they took from the initial weights
+        start = _Start(contract, seed, device, initial_weights, self.matched)
+        self._encoder, layout = start.part(1, "encoder", "encoder")
         for client in clients:
             self._check(client, layout)
         channels = {self._keys[client.name]: client.channels for client in clients}
         self._adaptors = {
-            key: _initial_part(contract, count, "adaptor", seed, f"adaptor {key}", device)[0]
-            for key, count in sorted(channels.items())
+            key: start.part(count, "adaptor", f"adaptor {key}")[0] for key, count in sorted(channels.items())
         }
         self._momentum = torch.zeros_like(self._encoder) if strategy.server_momentum > 0 else None
         self.round_index = 0  # the last finished round
@@ -225,11 +230,21 @@ def cosines(gram: Tensor) -> list[list[float | None]]:
     return [[float(value) if torch.isfinite(value) else None for value in row] for row in table]
 
 
-def _initial_part(
-    contract: TopologyContract, channels: int, part: Part, seed: int, purpose: str, device: torch.device
-) -> tuple[Tensor, FlatLayout]:
-    with seeded(derive_seed(seed, purpose=f"initial {purpose}")):
-        network = build_network(contract.architecture("segmentation"), channels, 2)
-    parameters = parameters_of(network, part)
-    layout = FlatLayout.of(parameters.items())
-    return layout.bind(parameters, device), layout
+@dataclass(frozen=True)
+class _Start:
+    """The common start: random numbers from the seed, and the initial weights where they fit."""
+
+    contract: TopologyContract
+    seed: int
+    device: torch.device
+    weights: Mapping[str, Tensor] | None
+    matched: dict[str, Matched]
+
+    def part(self, channels: int, part: Part, purpose: str) -> tuple[Tensor, FlatLayout]:
+        with seeded(derive_seed(self.seed, purpose=f"initial {purpose}")):
+            network = build_network(self.contract.architecture("segmentation"), channels, 2)
+        if self.weights is not None:
+            self.matched[purpose] = start_from(network, self.weights, [part])
+        parameters = parameters_of(network, part)
+        layout = FlatLayout.of(parameters.items())
+        return layout.bind(parameters, self.device), layout

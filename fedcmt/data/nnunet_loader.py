@@ -14,6 +14,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
+from fedcmt.nnunet_trainer import scales_of_patch
 from fedcmt.plans import ClientPlan
 
 
@@ -37,6 +38,9 @@ class NnunetRules(nnUNetTrainer):
 
     def _do_i_compile(self) -> bool:
         return False
+
+    def _get_deep_supervision_scales(self) -> list[list[float]] | None:
+        return scales_of_patch(super()._get_deep_supervision_scales(), len(self.configuration_manager.patch_size))
 
     def loss(self) -> nn.Module:
         """Dice and cross-entropy, or Dice and binary cross-entropy for regions; weighted over stages."""

@@ -1,0 +1,1 @@
+"""The folder for stock nnU-Net's ``nnUNet_extTrainer``; ``fedcmt doctor`` prints it."""
