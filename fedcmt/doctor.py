@@ -46,11 +46,12 @@ def _extension() -> Iterator[str]:
 
 
 def _stock_training() -> Iterator[str]:
-    known = [Path(path).resolve() for path in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep) if path]
+    variable = "nnUNet_extTrainer"
+    known = [Path(path).resolve() for path in os.environ.get(variable, "").split(os.pathsep) if path]
     if TRAINER_FOLDER.resolve() in known:
-        yield "nnUNet_extTrainer: has FedCMT's trainer (nnUNetv2_train ... -tr nnUNetTrainerFedCMT)"
+        yield f"{variable}: has FedCMT's trainer, for nnUNetv2_train ... -tr nnUNetTrainerFedCMT"
     else:
-        yield f"nnUNet_extTrainer: for nnUNetv2_train ... -tr nnUNetTrainerFedCMT: export nnUNet_extTrainer={TRAINER_FOLDER}"
+        yield f"{variable}: for nnUNetv2_train ... -tr nnUNetTrainerFedCMT run: export {variable}={TRAINER_FOLDER}"
 
 
 def _hardware() -> Iterator[str]:

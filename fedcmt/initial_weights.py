@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _read_pth(path: Path) -> dict[str, Tensor]:
+    # torch would also read bare pickles, as written before 2020; nnU-Net v2 never wrote any.
+    if path.is_file() and not zipfile.is_zipfile(path):
+        raise InputError(f"{path} is truncated or no torch checkpoint", field="initial_weights")
     # All that stock checkpoints hold beside tensors and plain values: NumPy scalars of their curves and scores. NumPy 1
     # pickled them under another module's name.
     scalar = np._core.multiarray.scalar  # type: ignore[attr-defined]

@@ -11,10 +11,11 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor
 
 from fedcmt.config import TopologyConfig, TrainingConfig
+from fedcmt.errors import InputError
 from fedcmt.topology import TopologyContract
 
 
-class nnUNetTrainerFedCMT(nnUNetTrainer):  # noqa: N801 (nnU-Net finds trainers by this prefix)
+class nnUNetTrainerFedCMT(nnUNetTrainer):
     """FedCMT's network (adaptor, encoder, decoder) and its local training, in nnU-Net's loop; segmentation.
 
     Stages, features, kernels, strides and encoder are those of the nnU-Net plan, plain or residual, 2D or 3D. Losses,
@@ -64,13 +65,19 @@ class nnUNetTrainerFedCMT(nnUNetTrainer):  # noqa: N801 (nnU-Net finds trainers 
 
 
 def with_fedcmt_network(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
-    """The plans with FedCMT's network in one configuration, which must not inherit from another.
+    """The plans with FedCMT's network in one configuration.
 
     Raises:
-        InputError: The plan names a network that FedCMT does not know.
+        InputError: The configuration describes no network, or one that FedCMT does not know.
     """
     plans = deepcopy(plans)
     entry = plans["configurations"][configuration]
+    if "architecture" not in entry:
+        raise InputError(
+            f"{configuration} describes no network of its own",
+            field="configuration",
+            fix="train 2d, 3d_fullres or 3d_lowres",
+        )
     if not str(entry["architecture"]["network_class_name"]).startswith("fedcmt."):
         width = TopologyConfig().adaptor_width
         entry["architecture"] = TopologyContract.of_nnunet(entry["architecture"], width).architecture("segmentation")

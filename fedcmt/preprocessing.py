@@ -32,7 +32,6 @@ from fedcmt.volume import read_volume, write_segmentation
 
 CONFIGURATION = "3d_fullres"
 SLICES = "2d"
-_RECORD = "fedcmt_preprocessed.json"
 
 
 def preprocessed_plan(
@@ -71,7 +70,7 @@ def preprocessed_plan(
     settings += [configuration] if configuration else []
     inputs = _digest(settings, dataset.train.values())
     checked = _digest([inputs], dataset.test.values())
-    record = folder / _RECORD
+    record = _record(folder)
     known: dict[str, Any] = read_json(record) if record.is_file() else {}
     if known.get("checked") == checked:
         return known["plans"], known["dataset_json"], folder
@@ -79,16 +78,19 @@ def preprocessed_plan(
     if known.get("inputs") == inputs:  # only test cases changed
         write_json(record, known | {"checked": checked, "warnings": warnings})
         return known["plans"], known["dataset_json"], folder
+    record.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     raw = _classification_view(dataset, folder) if task == "classification" else dataset.folder.parent
     with (
-        open(folder / "nnunet.log", "w") as log,
+        open(folder.with_name(f"{folder.name}.log"), "w") as log,
         redirect_stdout(log),
         redirect_stderr(log),
         _nnunet_folders(raw, preprocessed),
     ):
         plans, dataset_json = _run_nnunet(dataset, folder, spacing, configuration, client, workers)
+    if task == "segmentation":
+        _copy_truth(dataset, target / "gt_segmentations")
     facts = {"inputs": inputs, "checked": checked, "warnings": warnings, "plans": plans, "dataset_json": dataset_json}
     write_json(record, facts)
     return plans, dataset_json, folder
@@ -96,7 +98,20 @@ def preprocessed_plan(
 
 def preprocessing_warnings(folder: Path) -> list[str]:
     """What the check of the images remarked on, one line each."""
-    return list(read_json(folder / _RECORD)["warnings"])
+    return list(read_json(_record(folder))["warnings"])
+
+
+def _copy_truth(dataset: RawDataset, folder: Path) -> None:
+    """Where stock nnU-Net looks for the label maps when it validates a training on these cases."""
+    folder.mkdir(exist_ok=True)
+    for identifier, case in dataset.train.items():
+        if case.label is not None:
+            shutil.copyfile(case.label, folder / f"{identifier}{dataset.file_ending}")
+
+
+def _record(folder: Path) -> Path:
+    # Beside the folder and not in it: stock nnU-Net trains only from folders that hold nothing but cases.
+    return folder.with_name(f"{folder.name}_record.json")
 
 
 def _run_nnunet(

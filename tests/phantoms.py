@@ -94,6 +94,16 @@ def write_dataset(
     return folder
 
 
+def write_slices(raw: Path, name: str, **settings: object) -> Path:
+    """A raw dataset of single slices: the middle ones of phantom scans."""
+    folder = write_dataset(raw, name, **{"shape": (40, 36, 9), **settings})
+    for path in folder.rglob("*.nii.gz"):
+        image = nibabel.load(path)
+        middle = image.shape[2] // 2
+        nibabel.save(nibabel.Nifti1Image(np.asarray(image.dataobj)[:, :, middle : middle + 1], AFFINE), path)
+    return folder
+
+
 TINY_TRAINING = {"local_steps": 2, "validation_batches": 1, "learning_rate": 0.003}
 TINY_TOPOLOGY = {"features": [4, 8, 16], "adaptor_width": 4}
 
