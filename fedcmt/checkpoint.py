@@ -231,13 +231,15 @@ def export_nnunet_model(folder: ClientFolder, target: Path) -> None:
     """Write a client's best model as an nnU-Net model folder, replacing an older one.
 
     Stock ``nnUNetv2_predict_from_modelfolder -f 0`` reads it wherever ``fedcmt`` can be imported (segmentation). The
-    checkpoint holds four plain entries and loads with ``weights_only=True``.
+    checkpoint holds four plain entries and loads with ``weights_only=True``; ``model.json`` names task and classes,
+    which nnU-Net has no place for.
     """
     network, plans, dataset_json, facts = load_model(folder)
     part = target.with_name(f".{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     write_json(part / "plans.json", plans)
     write_json(part / "dataset.json", dataset_json)
+    write_json(part / "model.json", facts)
     checkpoint = io.BytesIO()
     torch.save(
         {

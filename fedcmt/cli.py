@@ -108,10 +108,15 @@ def report(options: argparse.Namespace) -> None:
 def export(options: argparse.Namespace) -> None:
     """Write a client's best model as an nnU-Net model folder."""
     from fedcmt.checkpoint import existing_client, export_nnunet_model
+    from fedcmt.files import read_json
 
     if options.output.exists():
         raise InputError(f"{options.output} exists", field="-o", fix="choose a new folder")
-    export_nnunet_model(existing_client(options.workspace, options.client), options.output)
+    client = existing_client(options.workspace, options.client)
+    export_nnunet_model(client, options.output)
+    if read_json(client.facts)["task"] == "classification":
+        print(f"{options.output}: stock nnU-Net does not classify; predict with python -m fedcmt.infer")
+        return
     print(f"{options.output}: nnUNetv2_predict_from_modelfolder -m {options.output} -f 0 -i INPUT -o OUTPUT")
 
 

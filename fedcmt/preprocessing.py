@@ -134,11 +134,7 @@ def _run_nnunet(
             field="labelsTr",
             fix="label some",
         ) from error
-    planner = ExperimentPlanner(
-        dataset.name,
-        plans_name=folder.name,
-        overwrite_target_spacing=None if spacing is None else [float(s) for s in spacing],
-    )
+    planner = _planner(dataset, folder.name, spacing, client)
     try:
         planner.plan_experiment()
     except OverflowError as error:  # an image of less than half a voxel
@@ -158,6 +154,31 @@ def _run_nnunet(
     return plans, dataset_json
 
 
+def _planner(
+    dataset: RawDataset, plans_name: str, spacing: Sequence[float] | None, client: str | None
+) -> ExperimentPlanner:
+    """nnU-Net's planner, told which axis is that of single slices: by itself it takes the one of largest spacing."""
+    target = None if spacing is None else [float(s) for s in spacing]
+    planner = ExperimentPlanner(dataset.name, plans_name=plans_name, overwrite_target_spacing=target)
+    extents = np.median(planner.dataset_fingerprint["shapes_after_crop"], 0)
+    if extents[0] == 1:
+        thickness = float(np.median(planner.dataset_fingerprint["spacings"], 0)[0])
+        return ExperimentPlanner(
+            dataset.name,
+            plans_name=plans_name,
+            overwrite_target_spacing=None if target is None else [thickness, *target[1:]],
+            suppress_transpose=True,
+        )
+    if 1 in extents and extents[np.argmax(planner.determine_fullres_target_spacing())] != 1:
+        raise InputError(
+            f"{dataset.name} has single slices of {extents.astype(int).tolist()} voxels (z, y, x)",
+            client=client,
+            field="dataset",
+            fix="store them with the slice along z",
+        )
+    return planner
+
+
 def configuration_name(plans: Mapping[str, Any]) -> str:
     """The one configuration of a client's plan: ``3d_fullres`` or ``2d``."""
     return str(next(iter(plans["configurations"])))
@@ -173,14 +194,6 @@ def _chosen_configuration(
             client=client,
             field="configuration",
             fix="leave it out or use 2d",
-        )
-    # nnU-Net takes the axis of largest spacing for that of the slices.
-    if not single_slices and 1 in plans["configurations"][CONFIGURATION]["median_image_size_in_voxels"]:
-        raise InputError(
-            f"{dataset.name} has single-slice images whose slices are thinner than their pixels are wide",
-            client=client,
-            field="spacing",
-            fix="set spacing: [999, Y, X] with the pixels' spacing",
         )
     return configuration or (SLICES if single_slices else CONFIGURATION)
 
