@@ -82,7 +82,7 @@ def run_federation(
         first = 1 if fresh else max(workspace.committed_rounds(names), default=0) + 1
         display: Display = open_display(config.rounds, names, first_round=first)
         stack.enter_context(display)
-        contract, plans = _prepare(config, datasets, display)
+        contract, plans = _prepare(config, datasets, display, None if fresh else workspace)
         stack.enter_context(workspace.locked())
         clients = [Client(c, config, plans[c.name], workspace.client(c.name), device) for c in config.clients]
         weights = _initial_weights(config) if first == 1 else {}
@@ -145,7 +145,7 @@ def prepare_clients(config: FederationConfig) -> dict[str, ClientPlan]:
     datasets = [load_dataset(config.folder("raw"), c.dataset, client=c.name) for c in config.clients]
     display: Display = open_display(config.rounds, [client.name for client in config.clients])
     with display:
-        return _prepare(config, datasets, display)[1]
+        return _prepare(config, datasets, display, None)[1]
 
 
 @dataclass(frozen=True)
@@ -160,11 +160,29 @@ class Contract:
         summaries = {name: asdict(self.chosen_from[name]) for name in sorted(self.chosen_from)}
         return {"digest": self.topology.digest(), "topology": self.topology.arch_kwargs, "chosen_from": summaries}
 
+    @classmethod
+    def from_json(cls, path: Path) -> Contract:
+        """What a workspace began with; new cases since then change no topology.
+
+        Raises:
+            InputError: The file is damaged.
+        """
+        content = read_json(path)
+        try:
+            topology = TopologyContract(content["topology"])
+            told = {name: ShapeSummary(**summary) for name, summary in content["chosen_from"].items()}
+            sound = topology.digest() == content["digest"]
+        except (KeyError, TypeError, AttributeError):
+            sound = False
+        if not sound:
+            raise InputError(f"{path} is damaged", field="topology", fix="restore it, or --fresh to start over")
+        return cls(topology, told)
+
 
 def _prepare(
-    config: FederationConfig, datasets: Sequence[RawDataset], display: Display
+    config: FederationConfig, datasets: Sequence[RawDataset], display: Display, workspace: Workspace | None
 ) -> tuple[Contract, dict[str, ClientPlan]]:
-    contract, plans = _contract(config, datasets, display), {}
+    contract, plans = _contract(config, datasets, display, workspace), {}
     for client, dataset in zip(config.clients, datasets, strict=True):
         display.note(f"{client.name}: {dataset.name}, checking, planning and preprocessing what is new")
         plan = prepare_client(
@@ -178,9 +196,14 @@ def _prepare(
     return contract, plans
 
 
-def _contract(config: FederationConfig, datasets: Sequence[RawDataset], display: Display) -> Contract:
+def _contract(
+    config: FederationConfig, datasets: Sequence[RawDataset], display: Display, workspace: Workspace | None
+) -> Contract:
+    """The given topology, the one this workspace began with, or one chosen from what every client tells."""
     if not config.topology.auto:
         return Contract(TopologyContract.of(config.topology), {})
+    if workspace is not None and workspace.contract.is_file():
+        return Contract.from_json(workspace.contract)
     told = {}
     for client, dataset in zip(config.clients, datasets, strict=True):
         display.note(f"{client.name}: {dataset.name}, shapes and spacings for the topology")

@@ -16,9 +16,10 @@ from phantoms import AFFINE, TINY_TRAINING, write_dataset, write_slices
 from fedcmt import run_federation
 from fedcmt.checkpoint import existing_client, load_model
 from fedcmt.cli import main
-from fedcmt.config import ClientConfig, TopologyConfig
+from fedcmt.config import ClientConfig, TopologyConfig, load_config
 from fedcmt.dataset import load_dataset
 from fedcmt.errors import InputError
+from fedcmt.exchange import ShapeSummary
 from fedcmt.files import read_tensors
 from fedcmt.infer import Predictor
 from fedcmt.network import build_network
@@ -170,6 +171,23 @@ def test_the_chosen_topology_is_written_and_every_client_has_it(slices: Path) ->
     for name in written["chosen_from"]:
         assert read_tensors(slices / "clients" / name / "best.safetensors")[1]["topology"] == written["digest"]
     assert all(stride[0] == 1 for stride in written["topology"]["strides"])
+
+
+def test_going_on_keeps_the_topology_it_began_with(slices: Path, raw: Path) -> None:
+    """A case more or less changes what the clients would tell, and must change nothing here."""
+    before = (slices / "contract.json").read_text()
+    config = load_config(slices / "config.yaml", ["rounds=2"])
+    told = ShapeSummary(9, (1.0, 1.0, 1.0), (96, 96, 96))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedcmt.federation.shape_summary", lambda *_, **__: told)
+        run_federation(config)
+        assert (slices / "contract.json").read_text() == before
+        damaged = json.loads(before)
+        damaged["topology"]["adaptor_width"] = 5
+        (slices / "contract.json").write_text(json.dumps(damaged))
+        with pytest.raises(InputError, match=r"contract\.json is damaged"):
+            run_federation(config)
+    (slices / "contract.json").write_text(before)
 
 
 @pytest.mark.parametrize(("federation", "client"), [("slices", "classes"), ("volumes", "older")])
