@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from fedcmt.dataset import RawDataset, load_dataset
 from fedcmt.device import choose_device
 from fedcmt.display import Display, open_display
 from fedcmt.errors import InputError
-from fedcmt.exchange import ShapeSummary
 from fedcmt.files import read_json, write_json, write_text
 from fedcmt.initial_weights import Matched, read_weights
 from fedcmt.plans import ClientPlan, check_client, prepare_client, shape_summary
@@ -29,7 +28,7 @@ from fedcmt.preprocessing import preprocessing_warnings
 from fedcmt.report import write_report
 from fedcmt.scoring import score_client
 from fedcmt.server import Server
-from fedcmt.topology import TopologyContract
+from fedcmt.topology import AgreedTopology, TopologyContract
 
 # A workspace goes on only with the settings it was made with; these change no result of the rounds already done.
 _FREE_TO_CHANGE = {
@@ -80,12 +79,12 @@ def run_federation(
     with ExitStack() as stack:
         names = [client.name for client in config.clients]
         first = 1 if fresh else max(workspace.committed_rounds(names), default=0) + 1
+        weights = _initial_weights(config) if first == 1 else {}
         display: Display = open_display(config.rounds, names, first_round=first)
         stack.enter_context(display)
         contract, plans = _prepare(config, datasets, display, None if fresh else workspace)
         stack.enter_context(workspace.locked())
         clients = [Client(c, config, plans[c.name], workspace.client(c.name), device) for c in config.clients]
-        weights = _initial_weights(config) if first == 1 else {}
         server = Server(
             strategy,
             contract.topology,
@@ -148,40 +147,9 @@ def prepare_clients(config: FederationConfig) -> dict[str, ClientPlan]:
         return _prepare(config, datasets, display, None)[1]
 
 
-@dataclass(frozen=True)
-class Contract:
-    """The federation's topology, and with ``auto`` what each client told for choosing it."""
-
-    topology: TopologyContract
-    chosen_from: Mapping[str, ShapeSummary]
-
-    def as_json(self) -> dict[str, Any]:
-        """For the workspace."""
-        summaries = {name: asdict(self.chosen_from[name]) for name in sorted(self.chosen_from)}
-        return {"digest": self.topology.digest(), "topology": self.topology.arch_kwargs, "chosen_from": summaries}
-
-    @classmethod
-    def from_json(cls, path: Path) -> Contract:
-        """What a workspace began with; new cases since then change no topology.
-
-        Raises:
-            InputError: The file is damaged.
-        """
-        content = read_json(path)
-        try:
-            topology = TopologyContract(content["topology"])
-            told = {name: ShapeSummary(**summary) for name, summary in content["chosen_from"].items()}
-            sound = topology.digest() == content["digest"]
-        except (KeyError, TypeError, AttributeError):
-            sound = False
-        if not sound:
-            raise InputError(f"{path} is damaged", field="topology", fix="restore it, or --fresh to start over")
-        return cls(topology, told)
-
-
 def _prepare(
     config: FederationConfig, datasets: Sequence[RawDataset], display: Display, workspace: Workspace | None
-) -> tuple[Contract, dict[str, ClientPlan]]:
+) -> tuple[AgreedTopology, dict[str, ClientPlan]]:
     contract, plans = _contract(config, datasets, display, workspace), {}
     for client, dataset in zip(config.clients, datasets, strict=True):
         display.note(f"{client.name}: {dataset.name}, checking, planning and preprocessing what is new")
@@ -198,12 +166,12 @@ def _prepare(
 
 def _contract(
     config: FederationConfig, datasets: Sequence[RawDataset], display: Display, workspace: Workspace | None
-) -> Contract:
+) -> AgreedTopology:
     """The given topology, the one this workspace began with, or one chosen from what every client tells."""
     if not config.topology.auto:
-        return Contract(TopologyContract.of(config.topology), {})
+        return AgreedTopology(TopologyContract.of(config.topology), {})
     if workspace is not None and workspace.contract.is_file():
-        return Contract.from_json(workspace.contract)
+        return AgreedTopology.from_json(workspace.contract)
     told = {}
     for client, dataset in zip(config.clients, datasets, strict=True):
         display.note(f"{client.name}: {dataset.name}, shapes and spacings for the topology")
@@ -212,7 +180,7 @@ def _contract(
         )
     contract = TopologyContract.of(config.topology, list(told.values()))
     display.note(f"topology chosen: strides {contract.arch_kwargs['strides']}, digest {contract.digest()[:12]}")
-    return Contract(contract, told)
+    return AgreedTopology(contract, told)
 
 
 def _initial_weights(config: FederationConfig) -> dict[Path | None, dict[str, Tensor]]:
@@ -274,7 +242,7 @@ def _check_same_federation(workspace: Workspace, config: FederationConfig) -> No
 
 
 def _write_descriptions(
-    workspace: Workspace, config: FederationConfig, contract: Contract, plans: Mapping[str, ClientPlan]
+    workspace: Workspace, config: FederationConfig, contract: AgreedTopology, plans: Mapping[str, ClientPlan]
 ) -> None:
     write_text(workspace.config, dump_config(config))
     write_json(workspace.contract, contract.as_json())

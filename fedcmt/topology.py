@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from nnunetv2.experiment_planning.experiment_planners.network_topology import ge
 from fedcmt.config import TopologyConfig
 from fedcmt.errors import InputError
 from fedcmt.exchange import ShapeSummary
+from fedcmt.files import read_json
 
 _NORMS = {
     "instance": ("torch.nn.modules.instancenorm.InstanceNorm3d", {"eps": 1e-5, "affine": True}),
@@ -124,6 +126,37 @@ class TopologyContract:
 def contract_digest(architecture: Mapping[str, Any]) -> str:
     """The digest of the contract that a plan's ``architecture`` block was made from."""
     return TopologyContract(architecture["arch_kwargs"]).digest()
+
+
+@dataclass(frozen=True)
+class AgreedTopology:
+    """A federation's contract, and with ``auto`` what each client told for choosing it: ``contract.json``."""
+
+    topology: TopologyContract
+    chosen_from: Mapping[str, ShapeSummary]
+
+    def as_json(self) -> dict[str, Any]:
+        """For the workspace."""
+        summaries = {name: asdict(self.chosen_from[name]) for name in sorted(self.chosen_from)}
+        return {"digest": self.topology.digest(), "topology": self.topology.arch_kwargs, "chosen_from": summaries}
+
+    @classmethod
+    def from_json(cls, path: Path) -> AgreedTopology:
+        """What a workspace began with; new cases since then change no topology.
+
+        Raises:
+            InputError: The file is damaged.
+        """
+        content = read_json(path)
+        try:
+            topology = TopologyContract(content["topology"])
+            told = {name: ShapeSummary(**summary) for name, summary in content["chosen_from"].items()}
+            sound = topology.digest() == content["digest"]
+        except (KeyError, TypeError, AttributeError):
+            sound = False
+        if not sound:
+            raise InputError(f"{path} is damaged", field="topology", fix="restore it, or --fresh to start over")
+        return cls(topology, told)
 
 
 def choose_stages(summaries: Sequence[ShapeSummary]) -> tuple[list[list[int]], list[list[int]]]:

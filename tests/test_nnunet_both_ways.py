@@ -44,6 +44,7 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_dataset(root, "Dataset881_Volumes", modality="CT")
     write_slices(root, "Dataset882_Slices", modality="MR", train=3)
     write_slices(root, "Dataset883_Classes", modality="MR", train=4, test=2, classification=True)
+    write_slices(root, "Dataset886_Regions", modality="MR", train=2, channels=2, regions=True, ignore=True)
     older_classification(write_dataset(root, "Dataset884_Older", modality="MR", train=4, test=2))
     return root
 
@@ -93,6 +94,7 @@ def slices(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     clients = [
         {"name": "slices", "dataset": 882, "modality": "MR", "patch_size": [1, 32, 32]},
         {"name": "classes", "dataset": 883, "modality": "MR"},
+        {"name": "regions", "dataset": 886, "modality": "MR", "channels": 2, "patch_size": [1, 32, 32]},
         {"name": "cut", "dataset": 881, "modality": "CT", "configuration": "2d"},
     ]
     topology = {"auto": True, "features": [4, 8, 8], "adaptor_width": 4}
@@ -100,13 +102,13 @@ def slices(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workspace
 
 
-def stock_labels(model: Path, image: Path, output: Path) -> np.ndarray:
-    """What stock nnU-Net makes of a file with a model folder."""
+def stock_labels(model: Path, channels: list[Path], output: Path) -> np.ndarray:
+    """What stock nnU-Net makes of a case with a model folder."""
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
     stock = nnUNetPredictor(use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False)
     stock.initialize_from_trained_model_folder(str(model), (0,))
-    stock.predict_from_files_sequential([[str(image)]], [str(output)])
+    stock.predict_from_files_sequential([[str(path) for path in channels]], [str(output)])
     return SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(f"{output}.nii.gz"))
 
 
@@ -115,6 +117,7 @@ def stock_labels(model: Path, image: Path, output: Path) -> np.ndarray:
     [
         ("volumes", "ct", "Dataset881_Volumes"),
         ("slices", "slices", "Dataset882_Slices"),
+        ("slices", "regions", "Dataset886_Regions"),
         ("slices", "cut", "Dataset881_Volumes"),
     ],
 )
@@ -123,9 +126,9 @@ def test_exported_models_give_stock_nnunets_labels(
 ) -> None:
     workspace = request.getfixturevalue(federation)
     assert main(["export", str(workspace), "--client", client, "-o", str(tmp_path / "model")]) == 0
-    image = next((raw / dataset / "imagesTs").iterdir())
-    theirs = stock_labels(tmp_path / "model", image, tmp_path / "stock")
-    ours = Predictor.from_workspace(workspace, client, device="cpu", mirroring=False).predict(read_volume(image))
+    channels = sorted((raw / dataset / "imagesTs").iterdir())
+    theirs = stock_labels(tmp_path / "model", channels, tmp_path / "stock")
+    ours = Predictor.from_workspace(workspace, client, device="cpu", mirroring=False).predict(read_volume(channels))
     assert len(np.unique(theirs)) > 1
     assert np.array_equal(ours.data[0], theirs)
 
@@ -165,7 +168,7 @@ def test_a_slice_of_a_volume_is_predicted_as_by_itself(slices: Path, raw: Path) 
 
 def test_the_chosen_topology_is_written_and_every_client_has_it(slices: Path) -> None:
     written = json.loads((slices / "contract.json").read_text())
-    assert set(written["chosen_from"]) == {"slices", "classes", "cut"}
+    assert set(written["chosen_from"]) == {"slices", "classes", "regions", "cut"}
     assert all(set(told) == {"num_cases", "spacing", "median_shape"} for told in written["chosen_from"].values())
     assert TopologyContract(written["topology"]).digest() == written["digest"]
     for name in written["chosen_from"]:
