@@ -22,7 +22,7 @@ from fedcmt.config import ClientConfig
 from fedcmt.dataset import RawDataset
 from fedcmt.errors import InputError
 from fedcmt.exchange import ShapeSummary
-from fedcmt.preprocessing import configuration_name, preprocessed_plan
+from fedcmt.preprocessing import SLICES, configuration_name, preprocessed_plan
 from fedcmt.topology import TopologyContract, contract_digest
 
 __all__ = [
@@ -177,15 +177,24 @@ def shape_summary(client: ClientConfig, dataset: RawDataset, preprocessed: Path,
 def _nnunet_plan(
     client: ClientConfig, dataset: RawDataset, task: str, preprocessed: Path, workers: int
 ) -> tuple[dict[str, Any], dict[str, Any], Path]:
-    return preprocessed_plan(
+    plans, dataset_json, folder = preprocessed_plan(
         dataset,
         task,
         preprocessed,
         spacing=client.spacing,
-        configuration=client.configuration,
+        slices=client.configuration == SLICES,
         client=client.name,
         workers=workers,
     )
+    planned = configuration_name(plans)
+    if client.configuration not in (None, planned):
+        raise InputError(
+            f"{dataset.name} has single-slice images, for which nnU-Net plans {planned} only",
+            client=client.name,
+            field="configuration",
+            fix=f"leave it out or use {planned}",
+        )
+    return plans, dataset_json, folder
 
 
 def _patch_size(client: ClientConfig, planned: Sequence[int], contract: TopologyContract) -> list[int]:

@@ -40,7 +40,7 @@ def preprocessed_plan(
     preprocessed: Path,
     *,
     spacing: Sequence[float] | None,
-    configuration: str | None = None,
+    slices: bool = False,
     client: str | None = None,
     workers: int = 2,
 ) -> tuple[dict[str, Any], dict[str, Any], Path]:
@@ -51,7 +51,7 @@ def preprocessed_plan(
         task: ``segmentation`` or ``classification``; the latter needs no label maps.
         preprocessed: nnU-Net's folder of preprocessed datasets.
         spacing: Target spacing `[3]` in mm in the order of the stored array (z, y, x), or nnU-Net's choice.
-        configuration: ``3d_fullres`` or ``2d``; None for 2d exactly where the images are single slices.
+        slices: Plan ``2d``; otherwise only where the images are single slices.
         client: For messages.
         workers: Threads.
 
@@ -62,12 +62,11 @@ def preprocessed_plan(
         InputError: The images are unfit or nnU-Net cannot plan for them.
     """
     identifier = "fedcmt_" + ("planned" if spacing is None else "x".join(f"{s:g}" for s in spacing))
-    if configuration == SLICES:
+    if slices:
         identifier += "_2d"
     target = preprocessed / dataset.name
     folder = target / (f"{identifier}_classification" if task == "classification" else identifier)
     settings = [dataset.dataset_json, dataset.class_names, task, list(spacing or []), version("nnunetv2")]
-    settings += [configuration] if configuration else []
     inputs = _digest(settings, dataset.train.values())
     checked = _digest([inputs], dataset.test.values())
     record = _record(folder)
@@ -79,6 +78,7 @@ def preprocessed_plan(
         write_json(record, known | {"checked": checked, "warnings": warnings})
         return known["plans"], known["dataset_json"], folder
     record.unlink(missing_ok=True)
+    folder.with_name(f"{folder.name}.json").unlink(missing_ok=True)  # nnU-Net keeps configurations of earlier plans
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     raw = _classification_view(dataset, folder) if task == "classification" else dataset.folder.parent
@@ -88,7 +88,7 @@ def preprocessed_plan(
         redirect_stderr(log),
         _nnunet_folders(raw, preprocessed),
     ):
-        plans, dataset_json = _run_nnunet(dataset, folder, spacing, configuration, client, workers)
+        plans, dataset_json = _run_nnunet(dataset, folder, spacing, slices, client, workers)
     if task == "segmentation":
         _copy_truth(dataset, target / "gt_segmentations")
     facts = {"inputs": inputs, "checked": checked, "warnings": warnings, "plans": plans, "dataset_json": dataset_json}
@@ -118,7 +118,7 @@ def _run_nnunet(
     dataset: RawDataset,
     folder: Path,
     spacing: Sequence[float] | None,
-    configuration: str | None,
+    slices: bool,
     client: str | None,
     workers: int,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -146,7 +146,7 @@ def _run_nnunet(
         ) from error
     plans_file = folder.parent / f"{folder.name}.json"
     plans = read_json(plans_file)
-    name = _chosen_configuration(plans, configuration, dataset, client)
+    name = SLICES if slices or CONFIGURATION not in plans["configurations"] else CONFIGURATION
     plans["configurations"] = {name: plans["configurations"][name] | {"data_identifier": folder.name}}
     write_json(plans_file, plans)
     dataset_json = read_json(folder.parent / "dataset.json")
@@ -182,20 +182,6 @@ def _planner(
 def configuration_name(plans: Mapping[str, Any]) -> str:
     """The one configuration of a client's plan: ``3d_fullres`` or ``2d``."""
     return str(next(iter(plans["configurations"])))
-
-
-def _chosen_configuration(
-    plans: Mapping[str, Any], configuration: str | None, dataset: RawDataset, client: str | None
-) -> str:
-    single_slices = CONFIGURATION not in plans["configurations"]
-    if single_slices and configuration == CONFIGURATION:
-        raise InputError(
-            f"{dataset.name} has single-slice images; nnU-Net plans no 3D configuration for it",
-            client=client,
-            field="configuration",
-            fix="leave it out or use 2d",
-        )
-    return configuration or (SLICES if single_slices else CONFIGURATION)
 
 
 def _preprocess_cases(

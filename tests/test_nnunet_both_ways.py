@@ -225,14 +225,14 @@ def test_classification_is_scored_tabulated_and_exported(
         assert torch.equal(exported(x), load_model(existing_client(workspace, client))[0](x))
 
 
-def test_slices_refuse_a_topology_with_strides_along_the_first_axis(raw: Path, tmp_path: Path) -> None:
-    dataset = load_dataset(raw, 882)
+def test_slices_refuse_a_topology_with_strides_along_the_first_axis(raw: Path) -> None:
+    dataset, folder = load_dataset(raw, 882), raw.parent / f"{raw.name}_preprocessed"
     contract = TopologyContract.of(TopologyConfig.model_validate(ANISOTROPIC))
     client = ClientConfig(name="slices", dataset=882, modality="MR")
     with pytest.raises(InputError, match=r"client 'slices', field 'configuration': single slices need .*auto"):
-        prepare_client(client, dataset, contract, tmp_path)
-    with pytest.raises(InputError, match="plans no 3D configuration"):
-        prepare_client(client.model_copy(update={"configuration": "3d_fullres"}), dataset, contract, tmp_path)
+        prepare_client(client, dataset, contract, folder)
+    with pytest.raises(InputError, match="has single-slice images, for which nnU-Net plans 2d only; leave it out"):
+        prepare_client(client.model_copy(update={"configuration": "3d_fullres"}), dataset, contract, folder)
 
 
 @pytest.mark.parametrize("spacing", [None, [7, 2, 2]])
