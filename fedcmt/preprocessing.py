@@ -70,7 +70,7 @@ def preprocessed_plan(
     inputs = _digest(settings, dataset.train.values())
     checked = _digest([inputs], dataset.test.values())
     record = _record(folder)
-    known: dict[str, Any] = read_json(record) if record.is_file() else {}
+    known: dict[str, Any] = read_json(record) if record.is_file() and folder.is_dir() else {}
     if known.get("checked") == checked:
         return known["plans"], known["dataset_json"], folder
     warnings = check_images(dataset, client=client)
