@@ -164,8 +164,9 @@ def check_weights(weights: Any, shape: tuple[int, ...]) -> Tensor:
     else:
         tensor = _nested_numbers(weights)
     if tuple(tensor.shape) != shape:
-        expected = f"one number an update, {shape[0]}" if len(shape) == 1 else f"shape {shape}"
-        raise ValueError(f"`weights` should hold {expected}. Got {tuple(tensor.shape)}")
+        expected = f"one number an update, {shape[0]}" if len(shape) == 1 else f"numbers of shape {shape}"
+        found = len(tensor) if tensor.dim() == len(shape) == 1 else tuple(tensor.shape)
+        raise ValueError(f"`weights` should hold {expected}. Got {found}")
     wrong = ~(tensor.abs() <= torch.finfo(torch.float32).max)
     if bool(wrong.any()):
         raise ValueError(f"`weights` should be finite as float32. Got {tensor[wrong][0].item()}")
