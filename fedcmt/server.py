@@ -19,7 +19,6 @@ from fedcmt.network import Part, build_network, parameters_of
 from fedcmt.plans import TopologyContract
 from fedcmt.seeding import derive_seed, seeded
 from fedcmt.strategies import Strategy
-from fedcmt.strategies.base import by_cases
 
 
 class Server:
@@ -61,7 +60,8 @@ class Server:
         self._momentum = torch.zeros_like(self._encoder) if strategy.server_momentum > 0 else None
         self.round_index = 0  # the last finished round
         self._begun = 0
-        self._accepted: dict[str, ClientUpdate] = {}
+        self._accepted: dict[str, ClientUpdate] = {}  # in order of arrival
+        self._gram: Tensor | None = None  # [N, N], inner products of the accepted encoder updates
         self._refused: dict[str, str] = {}
         self._started = 0.0
 
@@ -84,7 +84,7 @@ class Server:
         if round_index != self.round_index + 1:
             raise ValueError(f"round should be {self.round_index + 1}, found {round_index}")
         self._begun, self._started = round_index, time.perf_counter()
-        self._accepted, self._refused = {}, {}
+        self._accepted, self._refused, self._gram = {}, {}, None
 
     def outgoing(self, client: str) -> Outgoing | None:
         """What the client starts from or is scored with; None where nothing is exchanged any more."""
@@ -100,6 +100,9 @@ class Server:
         """
         reason = self._fault(update)
         if reason is None:
+            if self._strategy.federated:
+                arrived = [other.encoder for other in self._accepted.values()]
+                self._gram = ops.gramian_append(self._gram, arrived, update.encoder, backend=self._backend)
             self._accepted[update.client] = update
         elif update.client not in self._accepted:
             self._refused[update.client] = reason
@@ -117,7 +120,7 @@ class Server:
             tensor = getattr(update, part)
             if tensor.shape != shared.shape or tensor.dtype != shared.dtype:
                 return f"{part} update is {tuple(tensor.shape)} {tensor.dtype}, expected {tuple(shared.shape)}"
-            if not bool(torch.isfinite(tensor).all()):
+            if ops.screen(tensor, backend=self._backend).nonfinite:
                 return f"{part} update holds values that are not finite"
         return None
 
@@ -139,7 +142,7 @@ class Server:
         if self._strategy.federated:
             line |= self._step(updates)
         self.round_index = self._begun
-        self._accepted = {}
+        self._accepted, self._gram = {}, None
         return line | {"seconds": time.perf_counter() - self._started}
 
     def _summary(self, updates: Sequence[ClientUpdate]) -> dict[str, Any]:
@@ -158,7 +161,7 @@ class Server:
     def _step(self, updates: Sequence[ClientUpdate]) -> dict[str, Any]:
         deltas = [update.encoder for update in updates]
         num_cases = torch.tensor([update.num_cases for update in updates])
-        gram = ops.gramian(deltas, backend=self._backend).cpu()
+        gram = self._sorted_gram(updates)
         weights = self._strategy.weights(gram, num_cases)
         stats = ops.server_step(
             self._encoder,
@@ -174,16 +177,23 @@ class Server:
         groups = self._step_adaptors(updates)
         return {"weights": weights.tolist(), "cosines": cosines(gram), "step_norm": stats.norm, "groups": groups}
 
+    def _sorted_gram(self, updates: Sequence[ClientUpdate]) -> Tensor:
+        """The Gram matrix, grown as updates arrived, in the order of the updates given; on the CPU."""
+        assert self._gram is not None
+        arrived = list(self._accepted)
+        order = [arrived.index(update.client) for update in updates]
+        return self._gram.cpu()[order][:, order]
+
     def _step_adaptors(self, updates: Sequence[ClientUpdate]) -> dict[str, list[str]]:
-        groups: dict[str, list[ClientUpdate]] = {}
+        groups: dict[str, list[str]] = {}
         for update in updates:
-            groups.setdefault(self._keys[update.client], []).append(update)
-        for key, members in groups.items():
-            share = by_cases(torch.tensor([member.num_cases for member in members]))
-            ops.server_step(
-                self._adaptors[key], None, [member.adaptor for member in members], share, lr=1.0, backend=self._backend
-            )
-        return {key: [member.client for member in members] for key, members in groups.items()}
+            groups.setdefault(self._keys[update.client], []).append(update.client)
+        masks = [[update.client in members for update in updates] for members in groups.values()]
+        cases = [update.num_cases for update in updates]
+        means = ops.weighted_mean([update.adaptor for update in updates], cases, masks, backend=self._backend)
+        for key, mean in zip(groups, means, strict=True):
+            self._adaptors[key].add_(mean)
+        return groups
 
     def _tensors(self) -> dict[str, Tensor]:
         momentum = {} if self._momentum is None else {"momentum": self._momentum}

@@ -133,7 +133,7 @@ MISTAKES = {
     "limit": (lambda: ops.restore_norms([[1.0]], torch.ones(1, 1).double(), limit=-1), ValueError, "Got -1"),
     "negative weight": (lambda: ops.weighted_mean([torch.ones(3)], [-1.0]), ValueError, "not be negative. Got -1.0"),
     "no weight": (lambda: ops.weighted_mean([torch.ones(3)], [0.0]), ValueError, "zeros in group 0"),
-    "mask shape": (lambda: ops.weighted_mean([torch.ones(3)], [1.0], [[1]]), ValueError, "bool of shape .* int64"),
+    "mask shape": (lambda: ops.weighted_mean([torch.ones(3)], [1.0], [[1]]), ValueError, r"bool of shape .*int64"),
     "empty group": (
         lambda: ops.weighted_mean([torch.ones(3)], [1.0], [[True], [False]]),
         ValueError,
