@@ -75,7 +75,7 @@ def _build(cmake: str, ninja: str, cuda_include: Path) -> None:
     with (BUILD / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for command in (
-            [cmake, "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja", *options],
+            [cmake, "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja", "--fresh", *options],
             [cmake, "--build", str(BUILD), "--parallel", "2"],
         ):
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
