@@ -25,7 +25,8 @@ from cuda_headers import find_cuda_include
 from fedcmt.ops import _native
 
 ROOT = Path(__file__).resolve().parent.parent
-BUILD = ROOT / "build" / "simulated_cuda"  # kept: a second build compiles only what has changed
+# Kept, one for each Python: a second build compiles only what has changed.
+BUILD = ROOT / "build" / f"simulated_cuda-{sysconfig.get_config_var('SOABI')}"
 
 
 @contextmanager
@@ -75,7 +76,7 @@ def _build(cmake: str, ninja: str, cuda_include: Path) -> None:
     with (BUILD / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for command in (
-            [cmake, "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja", "--fresh", *options],
+            [cmake, "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja", *options],
             [cmake, "--build", str(BUILD), "--parallel", "2"],
         ):
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
