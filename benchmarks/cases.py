@@ -201,14 +201,16 @@ def step_of_eight(length: int) -> Group:
 
 
 def whole_step_of_eight(length: int) -> Group:
+    """The step with its solve; TorchJD stops short of momentum and parameters, NVFlare and Flower at the mean."""
     amount = moved(length, F32, updates=STATE, passes=2)
+    combination, mean = moved(length, F32, passes=2) + 4 * length, moved(length, F32) + 4 * length
     cagrad, upgrad = (partial(baselines.torchjd_aggregation, name=name) for name in ("CAGrad", "UPGrad"))
     others = [
         other("FedHCA2's solver + momentum", amount, baselines.fedhca2),
-        other("TorchJD CAGrad, stacked already", amount, cagrad, requires="torchjd"),
-        other("TorchJD UPGrad, stacked already", amount, upgrad, requires="torchjd"),
-        other("NVFlare weighted mean", amount, baselines.nvflare_mean, requires="nvflare"),
-        other("Flower weighted mean", amount, baselines.flower_mean, requires="flwr"),
+        other("TorchJD CAGrad, stacked already", combination, cagrad, requires="torchjd"),
+        other("TorchJD UPGrad, stacked already", combination, upgrad, requires="torchjd"),
+        other("NVFlare weighted mean", mean, baselines.nvflare_mean, requires="nvflare"),
+        other("Flower weighted mean", mean, baselines.flower_mean, requires="flwr"),
     ]
     ours = ours_and_floors(whole_step, length, STATE, passes=2)
     return Group("whole step", CLIENTS, length, (*ours, *others))

@@ -220,11 +220,11 @@ def facts(group: Group, results: dict[str, Timings], contender: Contender) -> di
     if contender.role == "peak":
         return found | {"products_per_second": contender.amount / median}
     found["gigabytes_per_second"] = contender.amount / median / 1e9
-    ours, floor = (_rival(group, results, contender, role) for role in ("ours", "floor"))
-    if floor is not None:
-        found["share_of_floor"] = ratio(floor, own)
+    ours, floor = (_rival(group, contender, role) for role in ("ours", "floor"))
+    if floor is not None and contender.amount == floor.amount:  # less work has another floor
+        found["share_of_floor"] = ratio(results[floor.label], own)
     if ours is not None and contender.role == "other":
-        found["times_ours"] = ratio(own, ours)
+        found["times_ours"] = ratio(own, results[ours.label])
     if contender.role == "ours":
         found["times"] = {label: ratio(other, own) for label, other in results.items()}
         found |= _bound(group, results, contender)
@@ -240,21 +240,19 @@ def ratio(numerator: Timings, denominator: Timings) -> dict[str, float | None]:
     return {"wall": median(numerator.wall, denominator.wall), "cpu": median(numerator.cpu, denominator.cpu)}
 
 
-def _rival(group: Group, results: dict[str, Timings], contender: Contender, role: Role) -> Timings | None:
+def _rival(group: Group, contender: Contender, role: Role) -> Contender | None:
     """The contender of a role with the same dtype and threads."""
-    for other in group.contenders:
-        if other.role == role and other.dtype == contender.dtype and other.threads == contender.threads:
-            return results.get(other.label)
-    return None
+    same = [c for c in group.contenders if (c.role, c.dtype, c.threads) == (role, contender.dtype, contender.threads)]
+    return same[0] if same else None
 
 
 def _bound(group: Group, results: dict[str, Timings], contender: Contender) -> dict[str, Any]:
     """What bounds the operation, memory or arithmetic, and the share of the bound that is reached."""
     peaks = [c for c in group.contenders if c.role == "peak"]
-    floor = _rival(group, results, contender, "floor")
-    if group.products is None or not peaks or floor is None:
+    lowest = _rival(group, contender, "floor")
+    if group.products is None or not peaks or lowest is None:
         return {}
-    own, peak = results[contender.label], results[peaks[0].label]
+    own, peak, floor = (results[c.label] for c in (contender, peaks[0], lowest))
     arithmetic = [seconds * group.products / peaks[0].amount for seconds in peak.wall]
     bounds = [max(pair) for pair in zip(arithmetic, floor.wall, strict=True)]
     memory_bound = statistics.median(floor.wall) >= statistics.median(arithmetic)
