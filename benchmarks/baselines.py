@@ -212,13 +212,10 @@ def _conflict_averse(deltas: Sequence[Tensor], alpha: float) -> Tensor:
 
 def torchjd_aggregation(inputs: Inputs, dtype: torch.dtype, name: str) -> Work:
     """TorchJD's aggregator on a matrix that is stacked already; no server optimizer."""
-    import torchjd.aggregation
+    from torchjd.aggregation import CAGrad, UPGrad
 
-    aggregators = {
-        "CAGrad": lambda: torchjd.aggregation.CAGrad(CONFLICT_AVERSION),
-        "UPGrad": torchjd.aggregation.UPGrad,
-    }
-    aggregator, stacked = aggregators[name](), inputs.stacked(dtype)
+    aggregator = CAGrad(CONFLICT_AVERSION) if name == "CAGrad" else UPGrad()
+    stacked = inputs.stacked(dtype)
     return lambda: aggregator(stacked)
 
 

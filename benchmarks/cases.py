@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import baselines
 import torch
@@ -21,8 +21,11 @@ CLIENTS, TARGETS, SEGMENTS = 8, 4, 100
 FULL_CLIENTS, FULL_LENGTH = 64, 50_000_000
 STATE = 2  # vectors that a step with momentum reads and writes: parameters and momentum
 
-Prepare = Callable[[Any, torch.dtype], Work]
-RowsOf = Callable[[Inputs, torch.dtype], Sequence[Tensor]]
+
+class Prepare(Protocol):
+    """Makes the work from the inputs."""
+
+    def __call__(self, inputs: Any, dtype: torch.dtype) -> Work: ...
 
 
 def all_groups(elements: int, full_mapped: bool = False) -> list[Group]:
@@ -161,7 +164,7 @@ def other(name: str, amount: int, work: Prepare, dtype: torch.dtype = F32, requi
 def read_floor(length: int) -> Group:
     """The candidates for the floor of reading."""
     amount = moved(length, F32)
-    candidates = {
+    candidates: dict[str, Callable[[Tensor], object]] = {
         "NumPy, largest int32": lambda row: row.numpy().view("int32").max(),
         "torch.dot": lambda row: torch.dot(row, row),
         "torch.sum": torch.sum,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,7 +29,8 @@ class MappedInputs(Inputs):
 
     def __init__(self, count: int, length: int) -> None:
         super().__init__(count, length)
-        self._folder = tempfile.TemporaryDirectory(prefix="fedcmt-benchmark-")
+        self._folder = Path(tempfile.mkdtemp(prefix="fedcmt-benchmark-"))
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self.paths: list[Path] = []
         self._mapped: MappedUpdates | None = None
 
@@ -43,12 +45,12 @@ class MappedInputs(Inputs):
 
     def _write(self) -> None:
         needed = self.count * self.length * 4
-        free = shutil.disk_usage(self._folder.name).free
+        free = shutil.disk_usage(self._folder).free
         if needed + _MARGIN > free:
-            raise OSError(f"The files need {needed / 1e9:.1f} GB. {free / 1e9:.1f} GB are free in {self._folder.name}")
+            raise OSError(f"The files need {needed / 1e9:.1f} GB. {free / 1e9:.1f} GB are free in {self._folder}")
         values = next(self.made_rows()).numpy()
         for i in range(self.count):
-            path = Path(self._folder.name) / f"update_{i}.bin"
+            path = self._folder / f"update_{i}.bin"
             with path.open("wb") as file:
                 file.write(values[i:].data)
                 file.write(values[:i].data)

@@ -194,9 +194,9 @@ def write_tables(path: Path, lines: dict[str, Iterator[str]]) -> None:
     where the folder has none."""
     text = (path if path.exists() else TEMPLATE).read_text()
     for name, rows in lines.items():
-        content = "\n".join(rows)
+        content = "\n".join(rows).replace("\\", r"\\")
         pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
-        text, count = re.subn(pattern, lambda match, new=content: f"{match[1]}{new}\n{match[2]}", text, flags=re.DOTALL)
+        text, count = re.subn(pattern, rf"\g<1>{content}\n\g<2>", text, flags=re.DOTALL)
         if count != 1:
             raise SystemExit(f"{path} should have one table `{name}`. Got {count}")
     files.write_text(path, text)
