@@ -135,7 +135,7 @@ class AffinityStrategy(Strategy):
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Continue with them."""
-        self._measured = dict(state)
+        self._measured = {pair: cosine.cpu() for pair, cosine in state.items()}
 
 
 def restored(weights: Tensor, gram: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ class Combination:
     """How updates become the next encoders.
 
     Attributes:
-        weights: Factors of the updates in each encoder's step d  # [N], for one encoder; [M, N]; [M, S, N]
+        weights: Factors of the updates in each encoder's step d  # [N] for one encoder; [M, N]; with segments [M, S, N]
         mixing: Each encoder first becomes this mean of all encoders; rows sum to 1  # [M, M] or [M, S, M]
         kept: Factors of the updates in a direction whose inner products are wanted next round  # [N]
     """
@@ -168,7 +168,7 @@ class Strategy(ABC):
         """Bounds of parts of the encoder with weights of their own; None for none."""
         return None
 
-    def check(self, clients: Sequence[ClientDescription]) -> None:
+    def check(self, clients: Sequence[ClientDescription]) -> None:  # noqa: B027 (most have nothing to check)
         """Look whether the settings fit the clients.
 
         Raises:
@@ -188,7 +188,7 @@ class Strategy(ABC):
         """What it must remember across rounds."""
         return {}
 
-    def restore(self, state: Mapping[str, Tensor]) -> None:
+    def restore(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027 (most remember nothing)
         """Continue from what :meth:`state` returned."""
 
 

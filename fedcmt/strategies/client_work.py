@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from pydantic import Field
@@ -48,7 +48,7 @@ class ClientWork:
     proximal: float = 0.0
     personal: float | None = None
     personal_steps: int | None = None
-    distillation: DistillationSettings = DistillationSettings()
+    distillation: DistillationSettings = field(default_factory=DistillationSettings)
     adoption: Adoption = "always"
     stays_local: tuple[str, ...] = ()
     sends_decoder: bool = False

@@ -1,4 +1,4 @@
-"""FedHCA2: personal encoders and decoders with learned shares of the others' (Lu et al., CVPR 2024, arXiv 2311.13250)."""
+"""FedHCA2: personal encoders and decoders with learned shares of the others' (CVPR 2024, arXiv 2311.13250)."""
 
 from __future__ import annotations
 
@@ -46,6 +46,7 @@ class FedHCA2(Strategy):
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
         self._shares: dict[str, Tensor] = {}  # "alpha/client" and "beta/client/layer" -> one number
+        self._mixed: set[str] = set()  # clients whose encoders had a share of the last round's U
         self._attention: dict[str, Tensor] = {}  # client -> A of the last round, [D]
 
     def encoder_key(self, client: ClientDescription) -> str:
@@ -63,13 +64,13 @@ class FedHCA2(Strategy):
         common = self.weights(updates)
         rows = torch.zeros(len(updates.targets), len(updates.clients), dtype=torch.float64)
         for i, client in enumerate(updates.clients):
-            # What the last round's U brought; a client that has just come had no share of it.
             key = f"alpha/{client.name}"
-            if updates.along_kept is not None and key in self._shares:
+            if updates.along_kept is not None and client.name in self._mixed:
                 self._learn(key, float(updates.along_kept[i]))
             alpha = self._share(key, self.settings.encoder_share)
             alike = torch.tensor([_alike(client, other) for other in updates.clients], dtype=torch.float64)
             rows[updates.targets.index(client.name)] = alike / alike.sum() + alpha * common
+        self._mixed = {client.name for client in updates.clients}
         return Combination(rows if len(rows) > 1 else rows[0], kept=common)
 
     def _share(self, key: str, start: float) -> float:
@@ -109,12 +110,14 @@ class FedHCA2(Strategy):
         return ClientWork(sends_decoder=True)
 
     def state(self) -> dict[str, Tensor]:
-        """Shares, and the last round's attention."""
-        return self._shares | {f"attention/{name}": value for name, value in self._attention.items()}
+        """Shares, who had one, and the last round's attention."""
+        mixed = {f"mixed/{name}": torch.ones(1) for name in sorted(self._mixed)}
+        return self._shares | mixed | {f"attention/{name}": value for name, value in self._attention.items()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Continue with them."""
-        self._shares = {key: value for key, value in state.items() if not key.startswith("attention/")}
+        self._shares = {key: value.cpu() for key, value in state.items() if key.startswith(("alpha/", "beta/"))}
+        self._mixed = {key.removeprefix("mixed/") for key in state if key.startswith("mixed/")}
         self._attention = {k.removeprefix("attention/"): v for k, v in state.items() if k.startswith("attention/")}
 
 
