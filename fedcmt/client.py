@@ -150,7 +150,7 @@ class Client:
         trainer.trained = outgoing.trained
         fitted = trainer.fit(round_index, self._work.personal_steps or self._steps, lambda step, loss: None)
         personal, seconds = self._validate("personal", round_index)
-        self._line["personal"] = personal.as_json()
+        self._line |= {"personal": personal.as_json(), "personal_steps": fitted.steps}
         self._line["seconds"]["train"] += fitted.seconds
         self._line["seconds"]["validate"] += seconds
 

@@ -36,9 +36,7 @@ class Teacher:
     def learn(self, network: nn.Module) -> None:
         """Take parameters and running statistics of a network."""
         with torch.no_grad():
-            for own, value in zip(self.network.parameters(), network.parameters(), strict=True):
-                own.copy_(value)
-            for own, value in zip(self.network.buffers(), network.buffers(), strict=True):
+            for own, value in zip(_values(self.network), _values(network), strict=True):
                 own.copy_(value)
 
     def term(self, objective: Objective, student: Any, student_loss: Tensor, batch: dict[str, Any]) -> Tensor:
@@ -58,3 +56,7 @@ class Teacher:
             trust = self._settings.weight * torch.exp(-teacher_loss) * share
         temperature = self._settings.temperature
         return trust * temperature**2 * objective.divergence(student, teacher, temperature)
+
+
+def _values(network: nn.Module) -> list[Tensor]:
+    return [*network.parameters(), *network.buffers()]
