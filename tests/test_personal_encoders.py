@@ -106,7 +106,7 @@ def test_fedhca2_rows_and_learned_shares() -> None:
     strategy = make("fedhca2", encoder_share=0.2, share_learning_rate=0.5)
     clients = CLIENTS[:3]
     first = strategy.combine(of_round(u @ u.T, clients, strategy=strategy))
-    common = cagrad_weights(u @ u.T, torch.full((3,), 1 / 3), 0.4)
+    common = cagrad_weights(u @ u.T, torch.full((3,), 1 / 3, dtype=torch.float64), 0.4)
     alike = torch.tensor([[0.5, 0.5, 0], [0.5, 0.5, 0], [0, 0, 1]], dtype=torch.float64)
     assert torch.allclose(first.weights, alike + 0.2 * common)
     assert torch.equal(first.kept, common)
