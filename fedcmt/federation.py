@@ -75,7 +75,7 @@ def run_federation(
         _check_same_federation(workspace, config)
     with ExitStack() as stack:
         names = [client.name for client in config.clients]
-        first = 1 if fresh else max(workspace.committed_rounds(names), default=0) + 1
+        first = 1 if fresh else max(workspace.committed_rounds(_first_rounds(config)), default=0) + 1
         display: Display = open_display(config.rounds, names, first_round=first)
         stack.enter_context(display)
         plans = _prepare(config, datasets, display)
@@ -83,12 +83,14 @@ def run_federation(
         if fresh:
             workspace.clear()
         _write_descriptions(workspace, config, plans)
-        clients = [Client(c, config, plans[c.name], workspace.client(c.name), device) for c in config.clients]
+        work = strategy.client_work
+        clients = [Client(c, config, plans[c.name], workspace.client(c.name), device, work) for c in config.clients]
         server = Server(
             strategy,
             TopologyContract.of(config.topology),
             [client.describe() for client in clients],
             seed=config.seed,
+            rounds=config.rounds,
             device=device,
             backend=config.backend,
         )
@@ -109,6 +111,7 @@ def run_round(server: Server, clients: Sequence[Client], round_index: int, displ
     Returns:
         The round's lines of ``metrics.jsonl``, the server's last.
     """
+    clients = [client for client in clients if client.membership.takes_part(round_index)]
     display.round_started(round_index, [client.name for client in clients])
     server.begin(round_index)
     refused = {}
@@ -126,11 +129,20 @@ def run_round(server: Server, clients: Sequence[Client], round_index: int, displ
 
 def commit(workspace: Workspace, server: Server, clients: Sequence[Client], lines: Sequence[Mapping[str, Any]]) -> None:
     """Make a round durable. The server's state comes last: until it stands, the round did not happen."""
-    for client in clients:
+    for client in _joined(clients, server.round_index):
         client.save(server.round_index)
     workspace.write_metrics(lines)
     server.save(workspace.server_state(server.round_index))
     workspace.discard_old_states(server.round_index)
+
+
+def _joined(clients: Sequence[Client], round_index: int) -> list[Client]:
+    """Those who have been in the federation until a round; one that left keeps its state."""
+    return [client for client in clients if client.membership.joins_at_round <= round_index]
+
+
+def _first_rounds(config: FederationConfig) -> dict[str, int]:
+    return {client.name: client.joins_at_round for client in config.clients}
 
 
 def prepare_clients(config: FederationConfig) -> dict[str, ClientPlan]:
@@ -162,12 +174,31 @@ def _check_same_federation(workspace: Workspace, config: FederationConfig) -> No
     before = load_config(workspace.config).model_dump(mode="json")
     now = config.model_dump(mode="json")
     changed = sorted(key for key in now if key not in _FREE_TO_CHANGE and now[key] != before[key])
+    if changed == ["clients"]:
+        committed = max(workspace.committed_rounds(_first_rounds(load_config(workspace.config))), default=0)
+        if _same_until(before["clients"], now["clients"], committed):
+            return
     if changed:
         raise InputError(
             f"{workspace.path} was made with another '{changed[0]}'",
             field=changed[0],
             fix="use the same settings, another workspace, or --fresh to start over",
         )
+
+
+def _same_until(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]], round_index: int) -> bool:
+    """Whether two lists of clients tell the same history up to a round: others may join, and some leave, later."""
+
+    def known(client: Mapping[str, Any]) -> dict[str, Any]:
+        last = client["leaves_after_round"]
+        past = last if last is not None and last < round_index else None
+        return {**client, "leaves_after_round": past}
+
+    def joined(clients: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        here = [known(client) for client in clients if client["joins_at_round"] <= round_index]
+        return sorted(here, key=lambda client: str(client["name"]))
+
+    return joined(before) == joined(now)
 
 
 def _write_descriptions(workspace: Workspace, config: FederationConfig, plans: Mapping[str, ClientPlan]) -> None:
@@ -190,11 +221,11 @@ def _write_descriptions(workspace: Workspace, config: FederationConfig, plans: M
 
 def _resume(workspace: Workspace, server: Server, clients: Sequence[Client], display: Display) -> list[dict[str, Any]]:
     """Restore the newest round that was committed whole; an older one if its files are damaged."""
-    rounds = workspace.committed_rounds([client.name for client in clients])
+    rounds = workspace.committed_rounds({client.name: client.membership.joins_at_round for client in clients})
     for index, round_index in enumerate(rounds):
         try:
             server.restore(workspace.server_state(round_index))
-            for client in clients:
+            for client in _joined(clients, round_index):
                 client.restore(round_index)
         except InputError as error:
             if index == len(rounds) - 1:
@@ -215,6 +246,9 @@ def _finish(
         return done
     entries = []
     for name, plan in plans.items():
+        if not workspace.client(name).best.is_file():
+            display.note(f"{name}: joins after these rounds and has no model")
+            continue
         display.note(f"{name}: predicting with its best model")
         entries.append(score_client(workspace, name, plan, config.inference, config.device))
         export_nnunet_model(workspace.client(name), workspace.client(name).model)
