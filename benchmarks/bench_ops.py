@@ -1,93 +1,95 @@
-"""The two operations against torch doing the same work, and against reading the data once.
+"""The server's operations against torch, other libraries and the machine's own limits.
 
     pytest benchmarks/bench_ops.py --elements 31000000 --benchmark-columns=min,median
 
-`native` never falls back here: without the extension these benchmarks fail.
+All contenders of a group are measured together, one call of each in every cycle; pytest-benchmark, which would run
+them one after the other, is handed the seconds that were measured, through a timer that replays them. Ours are always
+native: without the extension these benchmarks fail. `report.py` makes a table and a plot of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
+import accuracy
+import measure
 import pytest
 import torch
+from cases import BF16, F32, all_groups
+from measure import Contender, Group, Timings
 from pytest_benchmark.fixture import BenchmarkFixture
-from torch import Tensor
 
 from fedcmt import ops
 
-LR, BETA = 0.5, 0.9
+
+class Replay:
+    """A clock that shows seconds measured before."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+        self._seconds: list[float] = []
+
+    def __call__(self) -> float:
+        return self._now
+
+    def load(self, seconds: list[float]) -> None:
+        self._seconds = list(seconds)
+
+    def advance(self) -> None:
+        """Stands for the call that took the next of the seconds."""
+        self._now += self._seconds.pop(0)
 
 
-@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
-def updates(request: pytest.FixtureRequest) -> list[Tensor]:
-    option = request.config.getoption
-    generator = torch.Generator().manual_seed(0)
-    rows = [torch.randn(option("elements"), generator=generator) for _ in range(option("clients"))]
-    return [row.to(option("device"), request.param) for row in rows]
+REPLAY = Replay()
 
 
-def measure(benchmark: BenchmarkFixture, updates: list[Tensor], work: Callable[[], object]) -> None:
-    """Times work with the device's queue empty before and after."""
-    on_cuda = updates[0].is_cuda
-
-    def synchronised() -> None:
-        work()
-        if on_cuda:
-            torch.cuda.synchronize()
-
-    benchmark.extra_info["bytes"] = sum(u.numel() * u.element_size() for u in updates)
-    benchmark.extra_info["threads"] = torch.get_num_threads()
-    benchmark.pedantic(synchronised, rounds=15, warmup_rounds=2)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "contender" in metafunc.fixturenames:
+        option = metafunc.config.getoption
+        pairs = [(g, c) for g in all_groups(option("elements"), option("mapped_full")) for c in g.contenders]
+        names = [f"{group.name}: {contender.label}" for group, contender in pairs]
+        metafunc.parametrize(("group", "contender"), pairs, ids=names)
 
 
-def read_once(tensors: list[Tensor]) -> None:
-    """The floor: torch's sum over the same bytes, taken as float32 values."""
-    for tensor in tensors:
-        tensor.view(torch.float32).sum()
+@pytest.fixture(scope="session")
+def measured() -> dict[str, dict[str, Timings]]:
+    """Timings of the groups that were measured, by name of the group and label of the contender."""
+    return {}
 
 
-@pytest.mark.benchmark(group="gramian")
-def test_gramian_native(benchmark: BenchmarkFixture, updates: list[Tensor]) -> None:
-    measure(benchmark, updates, lambda: ops.gramian(updates, backend="native"))
+@pytest.mark.benchmark(timer=REPLAY)
+def test_speed(
+    benchmark: BenchmarkFixture,
+    measured: dict[str, dict[str, Timings]],
+    group: Group,
+    contender: Contender,
+    pytestconfig: pytest.Config,
+) -> None:
+    if not contender.is_installed:
+        pytest.skip(f"{contender.requires} is not installed")
+    if group.name not in measured:
+        measured[group.name] = measure.measure(group, pytestconfig.getoption("cycles"))
+    results = measured[group.name]
+    benchmark.group = group.name
+    benchmark.extra_info.update(measure.facts(group, results, contender))
+    REPLAY.load(results[contender.label].wall)
+    benchmark.pedantic(REPLAY.advance, rounds=len(results[contender.label].wall))
 
 
-@pytest.mark.benchmark(group="gramian")
-def test_gramian_torch_float32(benchmark: BenchmarkFixture, updates: list[Tensor]) -> None:
-    def work() -> Tensor:
-        rows = torch.stack(updates).float()  # [N, P]
-        return rows @ rows.T
-
-    measure(benchmark, updates, work)
-
-
-@pytest.mark.benchmark(group="gramian")
-def test_gramian_torch_float64(benchmark: BenchmarkFixture, updates: list[Tensor]) -> None:
-    measure(benchmark, updates, lambda: ops.gramian(updates, backend="reference"))
-
-
-@pytest.mark.benchmark(group="gramian")
-def test_gramian_read_floor(benchmark: BenchmarkFixture, updates: list[Tensor]) -> None:
-    measure(benchmark, updates, lambda: read_once(updates))
-
-
-def make_state(updates: list[Tensor]) -> tuple[Tensor, Tensor, list[float]]:
-    params, momentum = torch.zeros(2, updates[0].numel(), device=updates[0].device)
-    return params, momentum, [1.0 / len(updates)] * len(updates)
-
-
-@pytest.mark.benchmark(group="server_step")
-@pytest.mark.parametrize("backend", ["native", "reference"])
-def test_server_step(benchmark: BenchmarkFixture, updates: list[Tensor], backend: ops.Backend) -> None:
-    params, momentum, weights = make_state(updates)
-
-    def work() -> ops.StepStats:
-        return ops.server_step(params, momentum, updates, weights, lr=LR, beta=BETA, backend=backend)
-
-    measure(benchmark, updates, work)
-
-
-@pytest.mark.benchmark(group="server_step")
-def test_server_step_read_floor(benchmark: BenchmarkFixture, updates: list[Tensor]) -> None:
-    params, momentum, _ = make_state(updates)
-    measure(benchmark, updates, lambda: read_once([*updates, params, momentum]))
+@pytest.mark.benchmark(group="accuracy of gramian")
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=measure.short)
+@pytest.mark.parametrize("kind", accuracy.KINDS)
+def test_accuracy(benchmark: BenchmarkFixture, pytestconfig: pytest.Config, kind: str, dtype: torch.dtype) -> None:
+    """The Gram matrix is within 1e-9 of the exact one, relative to sqrt(G_ii G_jj)."""
+    length = pytestconfig.getoption("elements")
+    rows = accuracy.made_rows(kind, length, dtype)
+    gram = benchmark.pedantic(lambda: ops.gramian(rows, backend="native"))
+    exact = accuracy.exact_gram(rows)
+    stacked = torch.stack(rows).float()
+    error = accuracy.error(gram, exact)
+    benchmark.extra_info.update(
+        kind=kind,
+        dtype=measure.short(dtype),
+        D=length,
+        error=error,
+        float32_mm=accuracy.error(stacked @ stacked.T, exact),
+    )
+    assert error < accuracy.LIMIT

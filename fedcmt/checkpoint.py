@@ -159,11 +159,19 @@ class Workspace:
         for path in (self.config, self.contract, self.metrics, self.results, self.path / "report.html"):
             path.unlink(missing_ok=True)
 
-    def committed_rounds(self, clients: Sequence[str]) -> list[int]:
-        """Rounds that server and all clients have saved completely, newest first."""
-        saved = [set(_saved_rounds(self.server))]
-        saved += [set(_saved_rounds(self.client(name).states)) for name in clients]
-        return sorted(set.intersection(*saved), reverse=True)
+    def committed_rounds(self, first_rounds: Mapping[str, int]) -> list[int]:
+        """Rounds that server and all clients have saved completely, newest first.
+
+        Args:
+            first_rounds: Client -> first round it takes part in.
+        """
+        saved = {name: set(_saved_rounds(self.client(name).states)) for name in first_rounds}
+        complete = [
+            round_index
+            for round_index in _saved_rounds(self.server)
+            if all(first > round_index or round_index in saved[name] for name, first in first_rounds.items())
+        ]
+        return sorted(complete, reverse=True)
 
     def discard_old_states(self, round_index: int) -> None:
         """Delete states that neither resuming nor its fallback needs after a commit."""

@@ -120,12 +120,53 @@ def export(options: argparse.Namespace) -> None:
     print(f"{options.output}: nnUNetv2_predict_from_modelfolder -m {options.output} -f 0 -i INPUT -o OUTPUT")
 
 
+def compare(options: argparse.Namespace) -> None:
+    """Run several strategies on several seeds and write how they compare."""
+    from fedcmt.compare import compare as run_comparison
+    from fedcmt.compare import parse_variants
+
+    result = run_comparison(
+        options.config,
+        parse_variants(options.strategies),
+        options.seeds,
+        tuning=options.tuning,
+        folder=options.output,
+        processes=options.processes,
+        score=options.score,
+        overrides=options.overrides,
+    )
+    print((result.folder / "comparison.md").read_text())
+    print(f"{result.folder}: comparison.md, results.csv, curves.png, forest.png")
+
+
 def doctor(options: argparse.Namespace) -> None:
     """Say what was built, what is there and what falls back to what."""
     from fedcmt.doctor import examination
 
     for line in examination():
         print(line)
+
+
+def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of the federation")
+    parser.add_argument(
+        "--strategies",
+        required=True,
+        metavar="A,B,...",
+        help="names, or name:key=value:key=value with settings; 'local' is always run",
+    )
+    parser.add_argument("--seeds", type=int, required=True, metavar="N", help="how many test (or tuning) seeds")
+    parser.add_argument("--tuning", action="store_true", help="use tuning seeds, which tests never see")
+    parser.add_argument("-o", "--output", type=Path, help="where to write (default workspace/NAME-compare)")
+    parser.add_argument("--processes", type=int, default=1, metavar="P", help="runs at a time (default 1)")
+    parser.add_argument(
+        "--score",
+        choices=["test", "final"],
+        help="test: best model on test cases; final: last model on held-out cases (default: test where there are some)",
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY.PATH=VALUE", dest="overrides", help="override a setting"
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -147,6 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     preparing.add_argument("--preprocessed", type=Path, help="output (default $nnUNet_preprocessed)")
     preparing.add_argument("--spacing", nargs=3, type=float, metavar=("Z", "Y", "X"), help="target spacing in mm")
     preparing.add_argument("--workers", type=int, default=2, help="threads (default 2)")
+    _add_compare_arguments(command(compare))
     command(report).add_argument("workspace", type=Path, metavar="DIR")
     exporting = command(export)
     exporting.add_argument("workspace", type=Path, metavar="DIR")

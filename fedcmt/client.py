@@ -11,13 +11,16 @@ from torch import Tensor
 
 from fedcmt.checkpoint import ClientFolder
 from fedcmt.config import ClientConfig, FederationConfig
-from fedcmt.exchange import ClientDescription, ClientUpdate, Outgoing
+from fedcmt.exchange import PARTS, ClientDescription, ClientUpdate, Membership, Outgoing
 from fedcmt.files import read_tensors, write_tensors
 from fedcmt.initial_weights import Matched, start_from
+from fedcmt.layout import FlatLayout, Segment
 from fedcmt.objective import Validation
 from fedcmt.plans import ClientPlan
+from fedcmt.strategies.client_work import ClientWork
+from fedcmt.strategies.matching import part
 from fedcmt.topology import contract_digest
-from fedcmt.trainer import Trainer
+from fedcmt.trainer import FitResult, Trainer
 
 
 class Client:
@@ -29,6 +32,7 @@ class Client:
         plan: The client's plan with the topology contract.
         folder: Where its files go.
         device: Where it trains.
+        work: What the strategy asks of clients.
     """
 
     def __init__(
@@ -38,17 +42,39 @@ class Client:
         plan: ClientPlan,
         folder: ClientFolder,
         device: torch.device,
+        work: ClientWork | None = None,
     ) -> None:
         self.name, self.plan, self._folder = config.name, plan, folder
-        self._steps = config.local_steps or federation.training.local_steps
-        self._trainer = Trainer(
-            plan, federation.training, client=config.name, seed=federation.seed, rounds=federation.rounds, device=device
+        self.membership = Membership(
+            config.joins_at_round, config.leaves_after_round, config.warmup_rounds, config.starting_adaptor
         )
+        self._target = config.target or target_of(plan)
+        self._steps = config.local_steps or federation.training.local_steps
+        self._work = work or ClientWork()
+        self._trainer = self._new_trainer(config, federation, self._work, device)
+        self._personal: Trainer | None = None
+        if self._work.personal is not None:
+            self._personal = self._new_trainer(config, federation, ClientWork(proximal=self._work.personal), device)
         self._topology = contract_digest(plan.architecture)
         self._best: Validation | None = None
         self._best_facts: dict[str, Any] = {}
         self._best_model: dict[str, Tensor] | None = None  # of this round, until saved
+        self._local: Validation | None = None  # of this round's local training
+        self._goes_on = False  # from its own model instead of the server's
         self._line: dict[str, Any] = {}
+
+    def _new_trainer(
+        self, config: ClientConfig, federation: FederationConfig, work: ClientWork, device: torch.device
+    ) -> Trainer:
+        return Trainer(
+            self.plan,
+            federation.training,
+            client=config.name,
+            seed=federation.seed,
+            rounds=federation.rounds,
+            device=device,
+            work=work,
+        )
 
     def describe(self) -> ClientDescription:
         """What the server must know."""
@@ -61,10 +87,15 @@ class Client:
             len(self.plan.train),
             self._topology,
             self._trainer.encoder_layout.digest(),
+            self._target,
+            self._trainer.decoder_layout,
+            self.membership,
         )
 
     def start_from(self, weights: Mapping[str, Tensor]) -> Matched:
-        """Start the personal part from a checkpoint; encoder and adaptor come from the server."""
+        """Start the client's own decoder from a checkpoint; encoder and adaptor come from the server."""
+        if self._personal is not None:
+            start_from(self._personal.network, weights, ["decoder"])
         return start_from(self._trainer.network, weights, ["decoder"])
 
     def fit(
@@ -78,32 +109,58 @@ class Client:
             on_step: Called with client, step, number of steps and loss.
 
         Returns:
-            The update: local minus received parameters.
+            The update: what local training changed.
         """
-        self._receive(outgoing)
-        encoder, adaptor = self._trainer.encoder.clone(), self._trainer.adaptor.clone()
-        fitted = self._trainer.fit(
-            round_index, self._steps, lambda step, loss: on_step(self.name, step, self._steps, loss)
-        )
-        torch.sub(self._trainer.encoder, encoder, out=encoder)
-        torch.sub(self._trainer.adaptor, adaptor, out=adaptor)
-        local, seconds = self._validate("local", round_index)
-        self._line = {
+        trainer = self._trainer
+        if outgoing is not None:
+            if not self._goes_on:
+                self._receive(outgoing)
+            trainer.receive(outgoing.encoder, outgoing.adaptor)
+            trainer.trained = outgoing.trained
+        encoder, adaptor = trainer.encoder.clone(), trainer.adaptor.clone()
+        fitted = trainer.fit(round_index, self._steps, lambda step, loss: on_step(self.name, step, self._steps, loss))
+        torch.sub(trainer.encoder, encoder, out=encoder)
+        torch.sub(trainer.adaptor, adaptor, out=adaptor)
+        for update, layout in ((encoder, trainer.encoder_layout), (adaptor, trainer.adaptor_layout)):
+            for segment in self._local_segments(layout):
+                part(update, segment).zero_()
+        self._local, seconds = self._validate("local", round_index)
+        self._line = self._fit_line(round_index, fitted, encoder) | {
+            "local": self._local.as_json(),
+            "seconds": {"train": fitted.seconds, "data_wait": fitted.data_wait, "validate": seconds},
+        }
+        if outgoing is not None and self._personal is not None:
+            self._fit_personal(self._personal, outgoing, round_index)
+        decoder = None if trainer.decoder is None else trainer.decoder.clone()
+        return ClientUpdate(self.name, round_index, len(self.plan.train), encoder, adaptor, decoder)
+
+    def _fit_line(self, round_index: int, fitted: FitResult, update: Tensor) -> dict[str, Any]:
+        return {
             "kind": "client",
             "round": round_index,
             "client": self.name,
             "group": self.plan.group,
             "task": self.plan.task,
+            "phase": "warm-up" if self._trainer.trained != PARTS else "training",
             "validated_on": "training cases" if self.plan.validates_on_training else "held-out cases",
             "num_cases": len(self.plan.train),
             "local_steps": fitted.steps,
             "train_loss": fitted.loss,
             "learning_rate": fitted.learning_rate,
-            "update_norm": float(encoder.norm()),
-            "local": local,
-            "seconds": {"train": fitted.seconds, "data_wait": fitted.data_wait, "validate": seconds},
+            "update_norm": float(update.norm()),
         }
-        return ClientUpdate(self.name, round_index, len(self.plan.train), encoder, adaptor)
+
+    def _fit_personal(self, trainer: Trainer, outgoing: Outgoing, round_index: int) -> None:
+        if round_index == self.membership.joins_at_round:  # it begins as the shared model does
+            trainer.encoder.copy_(outgoing.encoder)
+            trainer.adaptor.copy_(outgoing.adaptor)
+        trainer.receive(outgoing.encoder, outgoing.adaptor)
+        trainer.trained = outgoing.trained
+        fitted = trainer.fit(round_index, self._work.personal_steps or self._steps, lambda step, loss: None)
+        personal, seconds = self._validate("personal", round_index)
+        self._line |= {"personal": personal.as_json(), "personal_steps": fitted.steps}
+        self._line["seconds"]["train"] += fitted.seconds
+        self._line["seconds"]["validate"] += seconds
 
     def evaluate(self, outgoing: Outgoing | None, refused: str | None = None) -> dict[str, Any]:
         """Validate with the server's new parameters and close the round.
@@ -115,40 +172,98 @@ class Client:
         Returns:
             The client's line of ``metrics.jsonl``.
         """
-        line = self._line | {"participated": refused is None} | ({"refused": refused} if refused else {})
+        counts = refused is None and self._line["phase"] == "training"
+        line = self._line | {"participated": counts} | ({"refused": refused} if refused else {})
         if outgoing is not None:
+            own = self._trainer.encoder.clone(), self._trainer.adaptor.clone()
             self._receive(outgoing)
-            line["aggregated"], seconds = self._validate("aggregated", line["round"])
+            aggregated, seconds = self._validate("aggregated", line["round"])
+            line["aggregated"] = aggregated.as_json()
+            if self._work.adoption != "always":
+                adopted, share, more = self._adopt(own, aggregated, line["round"])
+                line |= {"adopted": adopted.as_json(), "own_share": share}
+                seconds += more
             line["seconds"] = line["seconds"] | {"validate": line["seconds"]["validate"] + seconds}
         return line | {"best": dict(self._best_facts)}
 
-    def _receive(self, outgoing: Outgoing | None) -> None:
-        if outgoing is not None:
-            self._trainer.encoder.copy_(outgoing.encoder)
-            self._trainer.adaptor.copy_(outgoing.adaptor)
+    def _adopt(
+        self, own: tuple[Tensor, Tensor], aggregated: Validation, round_index: int
+    ) -> tuple[Validation, float, float]:
+        """Take the best of the server's model, the client's own and, where asked for, their mean.
 
-    def _validate(self, stage: str, round_index: int) -> tuple[dict[str, Any], float]:
+        Returns:
+            Its validation, the share of the client's own model in it, and the seconds spent.
+        """
+        assert self._local is not None
+        trainer, seconds = self._trainer, 0.0
+        server = trainer.encoder.clone(), trainer.adaptor.clone()
+        seen = [(aggregated, 0.0), (self._local, 1.0)]
+        if self._work.adoption == "mixed":
+            self._blend(server, own, 0.5)
+            mixed, seconds = self._validate("mixed", round_index)
+            seen.insert(1, (mixed, 0.5))
+        best = seen[0]
+        for candidate in seen[1:]:
+            if candidate[0].better_than(best[0]):
+                best = candidate
+        self._blend(server, own, best[1])
+        self._goes_on = best[1] > 0
+        return *best, seconds
+
+    def _blend(self, server: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], share: float) -> None:
+        for flat, theirs, mine in zip((self._trainer.encoder, self._trainer.adaptor), server, own, strict=True):
+            torch.lerp(theirs, mine, share, out=flat)
+
+    def _local_segments(self, layout: FlatLayout) -> list[Segment]:
+        return [s for s in layout.segments if any(mark in s.name for mark in self._work.stays_local)]
+
+    def _receive(self, outgoing: Outgoing) -> None:
+        trainer = self._trainer
+        for flat, layout, value in (
+            (trainer.encoder, trainer.encoder_layout, outgoing.encoder),
+            (trainer.adaptor, trainer.adaptor_layout, outgoing.adaptor),
+        ):
+            kept = [(segment, part(flat, segment).clone()) for segment in self._local_segments(layout)]
+            flat.copy_(value)
+            for segment, own in kept:
+                part(flat, segment).copy_(own)
+        if outgoing.decoder is not None and trainer.decoder is not None:
+            trainer.decoder.copy_(outgoing.decoder)
+
+    def _validate(self, stage: str, round_index: int) -> tuple[Validation, float]:
         started = time.perf_counter()
-        result = self._trainer.validate()
-        if result.better_than(self._best):
+        trainer = self._trainer if stage != "personal" or self._personal is None else self._personal
+        result = trainer.validate()
+        # A client with a personal model uses no other.
+        if trainer is self._final and result.better_than(self._best):
             self._best = result
             self._best_facts = {"round": round_index, "stage": stage, "score": result.score}
-            self._best_model = {name: tensor.clone() for name, tensor in self._trainer.model().items()}
-        return result.as_json(), time.perf_counter() - started
+            self._best_model = {name: tensor.clone() for name, tensor in trainer.model().items()}
+        return result, time.perf_counter() - started
+
+    @property
+    def _final(self) -> Trainer:
+        """Holds the model that the client uses."""
+        return self._personal or self._trainer
 
     def save(self, round_index: int) -> None:
         """Write what resuming needs, then the models. Not committed until the server's state is written."""
         facts = {"client": self.name, "round": round_index, "topology": self._topology}
         best = None if self._best is None else self._best.as_json()
+        state = self._trainer.state()
+        if self._personal is not None:
+            state |= {f"personal.{name}": tensor for name, tensor in self._personal.state().items()}
         write_tensors(
             self._folder.state(round_index),
-            self._trainer.state(),
-            facts | {"best": best, "best_facts": self._best_facts},
+            state,
+            facts | {"best": best, "best_facts": self._best_facts, "goes_on": self._goes_on},
         )
+        if not self.membership.takes_part(round_index):
+            return  # it has left; its models are written
         if self._best_model is not None:
             write_tensors(self._folder.best, self._best_model, facts | self._best_facts)
             self._best_model = None
-        model = self._trainer.model()
+        model = self._final.model()
         write_tensors(self._folder.last, model, facts)
         decoder = {name: tensor for name, tensor in model.items() if name.startswith("decoder.")}
         write_tensors(self._folder.decoder, decoder, facts)
@@ -161,6 +276,16 @@ class Client:
         """
         path = self._folder.state(round_index)
         tensors, facts = read_tensors(path)
-        self._trainer.restore(tensors, source=path)
+        if self._personal is not None:
+            personal = {k.removeprefix("personal."): t for k, t in tensors.items() if k.startswith("personal.")}
+            self._personal.restore(personal, source=path)
+        self._trainer.restore({k: t for k, t in tensors.items() if not k.startswith("personal.")}, source=path)
         self._best = None if facts["best"] is None else Validation.from_json(facts["best"])
-        self._best_facts = facts["best_facts"]
+        self._best_facts, self._goes_on = facts["best_facts"], facts["goes_on"]
+
+
+def target_of(plan: ClientPlan) -> str:
+    """What a client predicts, by the names of its labels or classes."""
+    if plan.task == "classification":
+        return "+".join(sorted(plan.dataset.class_names or ()))
+    return "+".join(sorted(name for name in plan.dataset.labels if name not in ("background", "ignore")))

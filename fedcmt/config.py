@@ -131,6 +131,26 @@ class ClientConfig(Settings):
     fold: Annotated[int, Field(ge=0)] | Literal["all"] = 0
     local_steps: Count | None = Field(None, description="instead of training.local_steps")
     initial_weights: Path | None = Field(None, description="checkpoint that the client's own decoder starts from")
+    target: Annotated[str, Field(min_length=1, max_length=200)] | None = Field(
+        None, description="what is predicted; clients of equal task and target are alike; default: the names of labels"
+    )
+    joins_at_round: Count = Field(1, description="first round it takes part in")
+    leaves_after_round: Count | None = Field(None, description="last round it takes part in; default: it stays")
+    warmup_rounds: int = Field(
+        0, ge=0, le=1_000_000, description="first rounds that train its own parts only, without counting"
+    )
+    starting_adaptor: Literal["nearest", "fresh"] = Field(
+        "nearest", description="of a client that joins later and is the first of its group"
+    )
+
+    @model_validator(mode="after")
+    def _leaves_after_joining(self) -> ClientConfig:
+        if self.leaves_after_round is not None and self.leaves_after_round < self.joins_at_round:
+            raise ValueError(
+                f"leaves_after_round should be at least joins_at_round ({self.joins_at_round}), "
+                f"found {self.leaves_after_round}"
+            )
+        return self
 
 
 class StrategyConfig(BaseModel):
@@ -177,6 +197,19 @@ class FederationConfig(Settings):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"clients should have distinct names, found '{twice[0]}' more than once")
+        return self
+
+    @model_validator(mode="after")
+    def _somebody_in_every_round(self) -> FederationConfig:
+        # The number of members changes after these rounds only.
+        leaving = {client.leaves_after_round for client in self.clients} - {None}
+        for round_index in sorted({1} | {last + 1 for last in leaving if last is not None and last < self.rounds}):
+            if not any(
+                client.joins_at_round <= round_index
+                and (client.leaves_after_round is None or client.leaves_after_round >= round_index)
+                for client in self.clients
+            ):
+                raise ValueError(f"clients should take part in every round, found none in round {round_index}")
         return self
 
     def folder(self, which: Literal["raw", "preprocessed"]) -> Path:
@@ -250,7 +283,11 @@ def _fields_at(model: type[BaseModel], location: Sequence[str | int]) -> list[st
         "inference": InferenceConfig,
     }
     names = [part for part in location if isinstance(part, str)]
-    return list((nested.get(names[0], model) if names else model).model_fields)
+    inner = nested.get(names[0]) if names else None
+    if names and inner is None and names[0] in model.model_fields:  # a group of settings within a strategy's
+        annotation = model.model_fields[names[0]].annotation
+        inner = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    return list((inner or model).model_fields)
 
 
 def load_config(

@@ -176,6 +176,8 @@ def client_text(line: Mapping[str, Any]) -> str:
     parts = []
     if line.get("refused"):
         parts.append(f"update refused: {line['refused']}")
+    elif line.get("phase") == "warm-up":
+        parts.append("warming up")
     elif not line.get("participated", True):
         parts.append("did not take part")
     if line.get("train_loss") is not None:

@@ -3,8 +3,40 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
+
+from fedcmt.layout import FlatLayout
+
+PARTS = ("adaptor", "encoder", "decoder")
+
+
+@dataclass(frozen=True)
+class Membership:
+    """When a client belongs to the federation, and how it begins.
+
+    Attributes:
+        joins_at_round: Its first round.
+        leaves_after_round: Its last one; None to stay.
+        warmup_rounds: First rounds in which it trains its own parts on the encoder as received, and its update does
+            not count.
+        starting_adaptor: Where no client of its group has trained yet: that of the nearest group, or a fresh one.
+    """
+
+    joins_at_round: int = 1
+    leaves_after_round: int | None = None
+    warmup_rounds: int = 0
+    starting_adaptor: Literal["nearest", "fresh"] = "nearest"
+
+    def takes_part(self, round_index: int) -> bool:
+        """Whether it is in the federation in a round."""
+        last = self.leaves_after_round
+        return round_index >= self.joins_at_round and (last is None or round_index <= last)
+
+    def warms_up(self, round_index: int) -> bool:
+        """Whether a round is one of its warm-up."""
+        return self.takes_part(round_index) and round_index < self.joins_at_round + self.warmup_rounds
 
 
 @dataclass(frozen=True)
@@ -33,11 +65,18 @@ class ClientDescription:
     num_cases: int
     topology: str  # digest of the topology contract
     encoder_layout: str  # digest of the encoder's flat layout
+    target: str = ""  # what is predicted: clients of equal task and target do the same job
+    decoder_layout: FlatLayout | None = None  # only where decoders are exchanged
+    membership: Membership = Membership()
 
     @property
     def group(self) -> str:
         """Adaptor group: clients of equal modality and number of channels."""
         return f"{self.modality}-{self.channels}"
+
+    def same_task(self, other: ClientDescription) -> bool:
+        """Whether both predict the same."""
+        return (self.task, self.target) == (other.task, other.target)
 
 
 @dataclass(frozen=True)
@@ -47,6 +86,8 @@ class Outgoing:
     round_index: int
     encoder: Tensor  # [P]
     adaptor: Tensor  # [A]
+    decoder: Tensor | None = None  # [D], only where decoders are exchanged, after the client has sent its own
+    trained: tuple[str, ...] = PARTS  # parts that the client trains this round; the others stay as received
 
 
 @dataclass(frozen=True)
@@ -58,3 +99,4 @@ class ClientUpdate:
     num_cases: int
     encoder: Tensor  # [P], local minus received
     adaptor: Tensor  # [A], local minus received
+    decoder: Tensor | None = None  # [D], its parameters as they are; only where decoders are exchanged

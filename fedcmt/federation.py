@@ -78,23 +78,25 @@ def run_federation(
         _check_same_federation(workspace, config)
     with ExitStack() as stack:
         names = [client.name for client in config.clients]
-        first = 1 if fresh else max(workspace.committed_rounds(names), default=0) + 1
-        weights = _initial_weights(config) if first == 1 else {}
+        first = 1 if fresh else max(workspace.committed_rounds(_first_rounds(config)), default=0) + 1
+        weights = _initial_weights(config, first)
         display: Display = open_display(config.rounds, names, first_round=first)
         stack.enter_context(display)
         contract, plans = _prepare(config, datasets, display, None if fresh else workspace)
         stack.enter_context(workspace.locked())
-        clients = [Client(c, config, plans[c.name], workspace.client(c.name), device) for c in config.clients]
+        work = strategy.client_work
+        clients = [Client(c, config, plans[c.name], workspace.client(c.name), device, work) for c in config.clients]
         server = Server(
             strategy,
             contract.topology,
             [client.describe() for client in clients],
             seed=config.seed,
+            rounds=config.rounds,
             device=device,
             backend=config.backend,
-            initial_weights=weights.get(config.initial_weights),
+            initial_weights=weights.get(config.initial_weights) if first == 1 else None,
         )
-        _start(config, weights, server, clients, display)
+        _start(config, weights, first, server, clients, display)
         if fresh:
             workspace.clear()
         _write_descriptions(workspace, config, contract, plans)
@@ -115,6 +117,7 @@ def run_round(server: Server, clients: Sequence[Client], round_index: int, displ
     Returns:
         The round's lines of ``metrics.jsonl``, the server's last.
     """
+    clients = [client for client in clients if client.membership.takes_part(round_index)]
     display.round_started(round_index, [client.name for client in clients])
     server.begin(round_index)
     refused = {}
@@ -132,11 +135,20 @@ def run_round(server: Server, clients: Sequence[Client], round_index: int, displ
 
 def commit(workspace: Workspace, server: Server, clients: Sequence[Client], lines: Sequence[Mapping[str, Any]]) -> None:
     """Make a round durable. The server's state comes last: until it stands, the round did not happen."""
-    for client in clients:
+    for client in _joined(clients, server.round_index):
         client.save(server.round_index)
     workspace.write_metrics(lines)
     server.save(workspace.server_state(server.round_index))
     workspace.discard_old_states(server.round_index)
+
+
+def _joined(clients: Sequence[Client], round_index: int) -> list[Client]:
+    """Those who have been in the federation until a round; one that left keeps its state."""
+    return [client for client in clients if client.membership.joins_at_round <= round_index]
+
+
+def _first_rounds(config: FederationConfig) -> dict[str, int]:
+    return {client.name: client.joins_at_round for client in config.clients}
 
 
 def prepare_clients(config: FederationConfig) -> dict[str, ClientPlan]:
@@ -183,10 +195,12 @@ def _contract(
     return AgreedTopology(contract, told)
 
 
-def _initial_weights(config: FederationConfig) -> dict[Path | None, dict[str, Tensor]]:
-    """The checkpoints that the federation and its clients start from, each read once."""
+def _initial_weights(config: FederationConfig, first: int) -> dict[Path | None, dict[str, Tensor]]:
+    """The checkpoints that the federation and those clients start from who have not begun yet, each read once."""
     weights: dict[Path | None, dict[str, Tensor]] = {}
-    for name, path in [(None, config.initial_weights), *((c.name, c.initial_weights) for c in config.clients)]:
+    starting: list[tuple[str | None, Path | None]] = [(None, config.initial_weights)] if first == 1 else []
+    starting += [(c.name, c.initial_weights) for c in config.clients if c.joins_at_round >= first]
+    for name, path in starting:
         if path is None or path in weights:
             continue
         try:
@@ -199,17 +213,16 @@ def _initial_weights(config: FederationConfig) -> dict[Path | None, dict[str, Te
 def _start(
     config: FederationConfig,
     weights: Mapping[Path | None, Mapping[str, Tensor]],
+    first: int,
     server: Server,
     clients: Sequence[Client],
     display: Display,
 ) -> None:
     """Start the clients' decoders, and print what everybody took from the checkpoints."""
-    if not weights:
-        return
-    if config.initial_weights:
+    if config.initial_weights and first == 1:
         _report_matches(config.initial_weights, server.matched, None, display)
     for settings, client in zip(config.clients, clients, strict=True):
-        if settings.initial_weights:
+        if settings.initial_weights and settings.joins_at_round >= first:
             matched = client.start_from(weights[settings.initial_weights])
             _report_matches(settings.initial_weights, {"decoder": matched}, client.name, display)
 
@@ -233,12 +246,31 @@ def _check_same_federation(workspace: Workspace, config: FederationConfig) -> No
     before = load_config(workspace.config).model_dump(mode="json")
     now = config.model_dump(mode="json")
     changed = sorted(key for key in now if key not in _FREE_TO_CHANGE and now[key] != before[key])
+    if changed == ["clients"]:
+        committed = max(workspace.committed_rounds(_first_rounds(load_config(workspace.config))), default=0)
+        if _same_until(before["clients"], now["clients"], committed):
+            return
     if changed:
         raise InputError(
             f"{workspace.path} was made with another '{changed[0]}'",
             field=changed[0],
             fix="use the same settings, another workspace, or --fresh to start over",
         )
+
+
+def _same_until(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]], round_index: int) -> bool:
+    """Whether two lists of clients tell the same history up to a round: others may join, and some leave, later."""
+
+    def known(client: Mapping[str, Any]) -> dict[str, Any]:
+        last = client["leaves_after_round"]
+        past = last if last is not None and last < round_index else None
+        return {**client, "leaves_after_round": past}
+
+    def joined(clients: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        here = [known(client) for client in clients if client["joins_at_round"] <= round_index]
+        return sorted(here, key=lambda client: str(client["name"]))
+
+    return joined(before) == joined(now)
 
 
 def _write_descriptions(
@@ -264,11 +296,11 @@ def _write_descriptions(
 
 def _resume(workspace: Workspace, server: Server, clients: Sequence[Client], display: Display) -> list[dict[str, Any]]:
     """Restore the newest round that was committed whole; an older one if its files are damaged."""
-    rounds = workspace.committed_rounds([client.name for client in clients])
+    rounds = workspace.committed_rounds({client.name: client.membership.joins_at_round for client in clients})
     for index, round_index in enumerate(rounds):
         try:
             server.restore(workspace.server_state(round_index))
-            for client in clients:
+            for client in _joined(clients, round_index):
                 client.restore(round_index)
         except InputError as error:
             if index == len(rounds) - 1:
@@ -289,6 +321,9 @@ def _finish(
         return done
     entries = []
     for name, plan in plans.items():
+        if not workspace.client(name).best.is_file():
+            display.note(f"{name}: joins after these rounds and has no model")
+            continue
         display.note(f"{name}: predicting with its best model")
         entries.append(score_client(workspace, name, plan, config.inference, config.device))
         export_nnunet_model(workspace.client(name), workspace.client(name).model)

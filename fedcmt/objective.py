@@ -12,6 +12,7 @@ from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.loss.dice import get_tp_fp_fn_tn
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid as log_sigmoid
 
 from fedcmt.config import TrainingConfig
 from fedcmt.data.nnunet_loader import NnunetRules, next_batch
@@ -54,8 +55,16 @@ class Objective(Protocol):
     def next_batch(self) -> dict[str, Any]:
         """The next training batch, drawn from the global generators."""
 
-    def loss(self, network: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """Training loss of a batch."""
+    smallest_loss: float  # no output has a smaller one
+
+    def outputs(self, network: nn.Module, batch: dict[str, Any]) -> Any:
+        """What the network says to a batch; one call of the network."""
+
+    def loss(self, outputs: Any, batch: dict[str, Any]) -> Tensor:
+        """Training loss of what the network said to a batch."""
+
+    def divergence(self, student: Any, teacher: Any, temperature: float) -> Tensor:
+        """KL(student || teacher) of softened predictions, averaged over cases or voxels."""
 
     def validate(self, network: nn.Module) -> Validation:
         """Score a network on the validation cases; uses the global generators."""
@@ -69,6 +78,8 @@ def make_objective(plan: ClientPlan, training: TrainingConfig, device: torch.dev
 
 class SegmentationObjective:
     """nnU-Net's losses on patches; validation by Dice over patches, pooled over batches as in nnU-Net."""
+
+    smallest_loss = -1.0  # cross-entropy 0, and nnU-Net's Dice loss is minus Dice
 
     def __init__(self, plan: ClientPlan, training: TrainingConfig, device: torch.device) -> None:
         rules = NnunetRules(plan, deep_supervision=training.deep_supervision)
@@ -85,9 +96,22 @@ class SegmentationObjective:
         """The next augmented batch."""
         return next_batch(self._training)
 
-    def loss(self, network: nn.Module, batch: dict[str, Any]) -> Tensor:
+    def outputs(self, network: nn.Module, batch: dict[str, Any]) -> Any:
+        """Logits; with deep supervision a list, finest first."""
+        return network(_on(batch["data"], self._device))
+
+    def loss(self, outputs: Any, batch: dict[str, Any]) -> Tensor:
         """Loss over all outputs of the network."""
-        return self._loss(network(_on(batch["data"], self._device)), _on(batch["target"], self._device))
+        return self._loss(outputs, _on(batch["target"], self._device))
+
+    def divergence(self, student: Any, teacher: Any, temperature: float) -> Tensor:
+        """Of the finest outputs, summed over labels; over regions each is a distribution of its own."""
+        finest = [(output[0] if isinstance(output, list) else output).float() for output in (student, teacher)]
+        logits = [output / temperature for output in finest]
+        if self._labels.has_regions:
+            inside, outside = ([log_sigmoid(sign * x) for x in logits] for sign in (1, -1))
+            return (_divergence(*inside) + _divergence(*outside)).sum(1).mean()
+        return _divergence(*[x.log_softmax(1) for x in logits]).sum(1).mean()
 
     def validate(self, network: nn.Module) -> Validation:
         """Dice a class over the pooled validation patches, averaged over the classes that occur."""
@@ -128,6 +152,8 @@ class SegmentationObjective:
 class ClassificationObjective:
     """Cross-entropy on whole cases; validation by balanced accuracy."""
 
+    smallest_loss = 0.0
+
     def __init__(self, plan: ClientPlan, training: TrainingConfig, device: torch.device) -> None:
         rules = NnunetRules(plan, deep_supervision=False)
         self._loader = rules.training_loader(str(plan.folder), plan.train, training.oversample_foreground)
@@ -142,10 +168,18 @@ class ClassificationObjective:
         """The next augmented batch of whole cases."""
         return next_batch(self._loader)
 
-    def loss(self, network: nn.Module, batch: dict[str, Any]) -> Tensor:
+    def outputs(self, network: nn.Module, batch: dict[str, Any]) -> Any:
+        """Class scores `[B, K]`."""
+        return network(_on(batch["data"], self._device))
+
+    def loss(self, outputs: Any, batch: dict[str, Any]) -> Tensor:
         """Cross-entropy of the cases' classes."""
         truth = torch.tensor([self._truth[case] for case in batch["keys"]], device=self._device)
-        return nn.functional.cross_entropy(network(_on(batch["data"], self._device)).float(), truth)
+        return nn.functional.cross_entropy(outputs.float(), truth)
+
+    def divergence(self, student: Any, teacher: Any, temperature: float) -> Tensor:
+        """Of the classes."""
+        return _divergence(*[(x.float() / temperature).log_softmax(1) for x in (student, teacher)]).sum(1).mean()
 
     def validate(self, network: nn.Module) -> Validation:
         """Balanced accuracy over the validation cases."""
@@ -169,6 +203,11 @@ def whole_case(image: Tensor, patch_size: list[int], divisor: np.ndarray) -> Ten
     """
     size = [1] * (3 - len(patch_size)) + list(patch_size)
     return pad_nd_image(image, size, "constant", {"value": 0}, False, [1, *map(int, divisor)])[None]
+
+
+def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """Terms p_s (log p_s - log p_t) from log-probabilities."""
+    return student.exp() * (student - teacher)
 
 
 def _recall(prediction: np.ndarray, truth: np.ndarray, label: int) -> float | None:

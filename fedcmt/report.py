@@ -318,7 +318,7 @@ def _status(run: Run, name: str, index: int) -> tuple[str, str]:
         return "refused", str(reason)
     used = name in server["clients"] if "clients" in server else bool(line.get("participated"))
     if not used:
-        return "absent", "no update"
+        return "absent", "warming up" if name in (server.get("warming_up") or []) else "no update"
     weights = dict(zip(server.get("clients") or [], server.get("weights") or [], strict=False))
     return "used", f"weight {number(weights[name])}" if name in weights else "update used"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,12 @@ from torch import Tensor
 
 from fedcmt import ops
 from fedcmt.errors import InputError, RunError
-from fedcmt.exchange import ClientDescription, ClientUpdate, Outgoing
-from fedcmt.files import copy_into, read_tensors, write_tensors
-from fedcmt.initial_weights import Matched, start_from
-from fedcmt.layout import FlatLayout
-from fedcmt.network import Part, build_network, parameters_of
-from fedcmt.seeding import derive_seed, seeded
+from fedcmt.exchange import PARTS, ClientDescription, ClientUpdate, Outgoing
+from fedcmt.files import read_tensors, write_tensors
+from fedcmt.initial_weights import Matched
+from fedcmt.shared import SharedParts
 from fedcmt.strategies import Strategy
-from fedcmt.strategies.base import by_cases
+from fedcmt.strategies.base import Combination, RoundUpdates
 from fedcmt.topology import TopologyContract
 
 
@@ -30,14 +27,15 @@ class Server:
     Args:
         strategy: How updates become the next step.
         contract: The topology all clients must agree on.
-        clients: Who takes part.
+        clients: Who takes part, those included who join later.
         seed: The federation's seed; gives the common start.
+        rounds: Of the whole federation; schedules end there.
         initial_weights: Tensors that the common start takes where name and shape match; see ``matched``.
         device: Where the shared parameters live.
         backend: Of :mod:`fedcmt.ops`.
 
     Raises:
-        InputError: A client has another topology.
+        InputError: A client has another topology, or the strategy's settings do not fit the clients.
     """
 
     def __init__(
@@ -47,31 +45,37 @@ class Server:
         clients: Sequence[ClientDescription],
         *,
         seed: int,
+        rounds: int,
         device: torch.device,
         backend: ops.Backend = "auto",
         initial_weights: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self._strategy, self._topology, self._device, self._backend = strategy, contract.digest(), device, backend
-        self._clients = {client.name: client for client in clients}
-        self._keys = {client.name: strategy.adaptor_key(client) for client in clients}
-        self.matched: dict[str, Matched] = {}  # encoder and adaptors -> what they took from the initial weights
-        start = _Start(contract, seed, device, initial_weights, self.matched)
-        self._encoder, layout = start.part(1, "encoder", "encoder")
+        self._strategy, self._topology, self._seed, self._rounds = strategy, contract.digest(), seed, rounds
+        self._backend: ops.Backend = backend
+        self._clients = {client.name: client for client in sorted(clients, key=lambda c: c.name)}
+        self._shared = SharedParts(
+            strategy,
+            contract,
+            clients,
+            seed=seed,
+            device=device,
+            backend=backend,
+            initial_weights=initial_weights,
+        )
+        strategy.check(clients)
         for client in clients:
-            self._check(client, layout)
-        channels = {self._keys[client.name]: client.channels for client in clients}
-        self._adaptors = {
-            key: start.part(count, "adaptor", f"adaptor {key}")[0] for key, count in sorted(channels.items())
-        }
-        self._momentum = torch.zeros_like(self._encoder) if strategy.server_momentum > 0 else None
+            self._check(client)
         self.round_index = 0  # the last finished round
         self._begun = 0
+        self._members: dict[str, ClientDescription] = {}
         self._accepted: dict[str, ClientUpdate] = {}
         self._refused: dict[str, str] = {}
+        self._gram: Tensor | None = None
+        self._rows: list[str] = []  # clients whose updates the Gram matrix holds
         self._started = 0.0
 
-    def _check(self, client: ClientDescription, layout: FlatLayout) -> None:
-        if client.topology != self._topology or client.encoder_layout != layout.digest():
+    def _check(self, client: ClientDescription) -> None:
+        if client.topology != self._topology or client.encoder_layout != self._shared.layout.digest():
             raise InputError(
                 f"its network differs from the federation's: expected topology {self._topology[:12]}, "
                 f"got {client.topology[:12]}",
@@ -79,6 +83,11 @@ class Server:
                 field="topology",
                 fix="give every client the federation's topology",
             )
+
+    @property
+    def matched(self) -> Mapping[str, Matched]:
+        """Encoder and adaptors -> what they took from the initial weights."""
+        return self._shared.matched
 
     def begin(self, round_index: int) -> None:
         """Open a round.
@@ -90,12 +99,40 @@ class Server:
             raise ValueError(f"round should be {self.round_index + 1}, found {round_index}")
         self._begun, self._started = round_index, time.perf_counter()
         self._accepted, self._refused = {}, {}
+        self._gram, self._rows = None, []
+        self._members = {n: c for n, c in self._clients.items() if c.membership.takes_part(round_index)}
+        if self._strategy.federated:
+            for client in self._members.values():
+                if client.membership.joins_at_round == round_index > 1:
+                    self._shared.welcome(client)
 
     def outgoing(self, client: str) -> Outgoing | None:
         """What the client starts from or is scored with; None where nothing is exchanged any more."""
-        if not self._strategy.federated and (self._begun > 1 or self.round_index >= 1):
+        first = self._clients[client].membership.joins_at_round
+        if not self._strategy.federated and (self._begun > first or self.round_index >= first):
             return None
-        return Outgoing(self.round_index, self._encoder, self._adaptors[self._keys[client]])
+        shared = self._shared
+        return Outgoing(
+            self.round_index,
+            shared.encoder(client),
+            shared.adaptor(client),
+            shared.decoder(client),
+            self._trained(client),
+        )
+
+    def _trained(self, client: str) -> tuple[str, ...]:
+        if not self._strategy.federated or not self._warms_up(client):
+            return PARTS
+        return ("adaptor", "decoder") if self._has_new_adaptor(client) else ("decoder",)
+
+    def _warms_up(self, client: str) -> bool:
+        return self._clients[client].membership.warms_up(self._begun)
+
+    def _has_new_adaptor(self, client: str) -> bool:
+        """Whether nobody has trained its adaptor, and all who share it now are warming up."""
+        keys = self._shared.adaptor_keys
+        sharing = [name for name in self._members if keys[name] == keys[client]]
+        return keys[client] not in self._shared.trained_adaptors and all(map(self._warms_up, sharing))
 
     def accept(self, update: ClientUpdate) -> str | None:
         """Take an update, or say why not: wrong round, sent twice, wrong size or not finite.
@@ -106,6 +143,8 @@ class Server:
         reason = self._fault(update)
         if reason is None:
             self._accepted[update.client] = update
+            self._refused.pop(update.client, None)
+            self._grow_gram(wait=True)
         elif update.client not in self._accepted:
             self._refused[update.client] = reason
         return reason
@@ -115,16 +154,41 @@ class Server:
             return "not a client of this federation"
         if update.round_index != self._begun:
             return f"update of round {update.round_index} in round {self._begun}"
+        if update.client not in self._members:
+            return f"takes no part in round {self._begun}"
         if update.client in self._accepted:
             return "second update in this round"
-        expected = {"encoder": self._encoder, "adaptor": self._adaptors[self._keys[update.client]]}
+        expected = {"encoder": self._shared.encoder(update.client), "adaptor": self._shared.adaptor(update.client)}
+        layout = self._clients[update.client].decoder_layout
+        if self._strategy.exchanges_decoders and layout is not None:
+            expected["decoder"] = expected["encoder"].new_empty(layout.size, device="meta")
         for part, shared in expected.items():
             tensor = getattr(update, part)
-            if tensor.shape != shared.shape or tensor.dtype != shared.dtype:
-                return f"{part} update is {tuple(tensor.shape)} {tensor.dtype}, expected {tuple(shared.shape)}"
-            if not bool(torch.isfinite(tensor).all()):
+            if tensor is None or tensor.shape != shared.shape or tensor.dtype != shared.dtype:
+                found = "missing" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
+                return f"{part} update is {found}, expected {tuple(shared.shape)}"
+            if ops.screen(tensor, backend=self._backend).nonfinite:
                 return f"{part} update holds values that are not finite"
         return None
+
+    def _grow_gram(self, *, wait: bool) -> None:
+        """Add rows in the order of the clients' names, so that no bit depends on the order of arrival.
+
+        Args:
+            wait: Stop before a client whose update may still come.
+        """
+        if not self._strategy.federated:
+            return
+        for name in self._members:
+            if name in self._rows or self._warms_up(name):
+                continue
+            if name not in self._accepted:
+                if wait:
+                    return
+                continue
+            deltas = [self._accepted[row].encoder for row in self._rows]
+            self._gram = self._shared.grow_gram(self._gram, deltas, self._accepted[name].encoder)
+            self._rows.append(name)
 
     def finish(self) -> dict[str, Any]:
         """Make the step with the accepted updates and close the round.
@@ -135,24 +199,27 @@ class Server:
         Raises:
             RunError: No update was accepted.
         """
-        # The order of the clients' names, whatever order the updates arrived in.
-        updates = [self._accepted[name] for name in sorted(self._accepted)]
-        if not updates:
+        if not self._accepted:
             refusals = "; ".join(f"{name}: {reason}" for name, reason in self._refused.items())
             raise RunError(f"round {self._begun}: no update was accepted ({refusals})")
-        line = self._summary(updates)
+        self._grow_gram(wait=False)
+        line = self._summary()
         if self._strategy.federated:
-            line |= self._step(updates)
+            line |= self._step()
         self.round_index = self._begun
-        self._accepted = {}
+        self._accepted, self._gram = {}, None
         return line | {"seconds": time.perf_counter() - self._started}
 
-    def _summary(self, updates: Sequence[ClientUpdate]) -> dict[str, Any]:
+    def _summary(self) -> dict[str, Any]:
+        names = sorted(self._accepted)
+        warming = [name for name in names if self._strategy.federated and self._warms_up(name)]
         return {
             "kind": "server",
             "round": self._begun,
             "strategy": self._strategy.name,
-            "clients": [update.client for update in updates],
+            "members": list(self._members),
+            "clients": [name for name in names if name not in warming],
+            "warming_up": warming,
             "weights": None,
             "cosines": None,
             "step_norm": None,
@@ -160,50 +227,59 @@ class Server:
             "refused": dict(self._refused),
         }
 
-    def _step(self, updates: Sequence[ClientUpdate]) -> dict[str, Any]:
-        deltas = [update.encoder for update in updates]
-        num_cases = torch.tensor([update.num_cases for update in updates])
-        gram = ops.gramian(deltas, backend=self._backend).cpu()
-        weights = self._strategy.weights(gram, num_cases)
-        stats = ops.server_step(
-            self._encoder,
-            self._momentum,
-            deltas,
-            weights,
-            backend=self._backend,
-            lr=self._strategy.server_learning_rate,
-            beta=self._strategy.server_momentum,
+    def _step(self) -> dict[str, Any]:
+        counted = [self._accepted[name] for name in self._rows]
+        line = self._step_encoders(counted) if counted else {}
+        keys = self._shared.adaptor_keys
+        warming = [self._accepted[name] for name in sorted(self._accepted) if self._warms_up(name)]
+        adaptors = counted + [update for update in warming if self._has_new_adaptor(update.client)]
+        if adaptors:
+            line["groups"] = self._shared.step_adaptors(adaptors)
+        self._shared.trained_adaptors |= {keys[update.client] for update in counted}
+        if self._strategy.exchanges_decoders:
+            self._shared.step_decoders(counted)
+        return line
+
+    def _step_encoders(self, counted: Sequence[ClientUpdate]) -> dict[str, Any]:
+        assert self._gram is not None
+        deltas = [update.encoder for update in counted]
+        keys, gram = self._shared.encoder_keys, self._gram.cpu()
+        updates = RoundUpdates(
+            seed=self._seed,
+            round_index=self._begun,
+            clients=tuple(self._clients[update.client] for update in counted),
+            members=tuple(self._members.values()),
+            targets=tuple(sorted({keys[name] for name in self._members})),
+            gram=gram,
+            along_kept=self._shared.along_kept(self._gram, deltas),
         )
-        if stats.nonfinite:
-            raise RunError(f"round {self._begun}: {stats.nonfinite} values of the combined step are not finite")
-        groups = self._step_adaptors(updates)
-        return {"weights": weights.tolist(), "cosines": cosines(gram), "step_norm": stats.norm, "groups": groups}
-
-    def _step_adaptors(self, updates: Sequence[ClientUpdate]) -> dict[str, list[str]]:
-        groups: dict[str, list[ClientUpdate]] = {}
-        for update in updates:
-            groups.setdefault(self._keys[update.client], []).append(update)
-        for key, members in groups.items():
-            share = by_cases(torch.tensor([member.num_cases for member in members]))
-            ops.server_step(
-                self._adaptors[key], None, [member.adaptor for member in members], share, lr=1.0, backend=self._backend
-            )
-        return {key: [member.client for member in members] for key, members in groups.items()}
-
-    def _tensors(self) -> dict[str, Tensor]:
-        momentum = {} if self._momentum is None else {"momentum": self._momentum}
-        return {
-            "encoder": self._encoder,
-            **momentum,
-            **{f"adaptor.{key}": adaptor for key, adaptor in self._adaptors.items()},
+        combination = self._strategy.combine(updates)
+        optimizer = self._strategy.server_optimizer(self._begun, self._rounds)
+        stats = self._shared.step_encoders(updates.targets, deltas, combination, optimizer, self._gram)
+        nonfinite = sum(one.nonfinite for one in stats)
+        if nonfinite:
+            raise RunError(f"round {self._begun}: {nonfinite} values of the combined step are not finite")
+        self._shared.trained_encoders |= {keys[update.client] for update in counted}
+        norms = dict(zip(updates.targets, [one.norm for one in stats], strict=True))
+        return _weights_line(updates.targets, combination) | {
+            "cosines": cosines(updates.total_gram),
+            "step_norm": sum(norms.values()) / len(norms),
+            "step_norms": norms,
+            "server_learning_rate": optimizer.lr,
         }
 
     def save(self, path: Path) -> None:
         """Write the state after the last finished round, atomically."""
         write_tensors(
             path,
-            self._tensors(),
-            {"round": self.round_index, "topology": self._topology, "strategy": self._strategy.name},
+            self._shared.tensors(),
+            {
+                "round": self.round_index,
+                "topology": self._topology,
+                "strategy": self._strategy.name,
+                "trained_encoders": sorted(self._shared.trained_encoders),
+                "trained_adaptors": sorted(self._shared.trained_adaptors),
+            },
         )
 
     def restore(self, path: Path) -> None:
@@ -219,8 +295,18 @@ class Server:
                 field="topology",
                 fix="use another workspace, or --fresh to start over",
             )
-        copy_into(self._tensors(), {name: t.to(self._device) for name, t in tensors.items()}, source=path)
+        self._shared.restore(tensors, facts["round"], source=path)
+        self._shared.trained_encoders = set(facts["trained_encoders"])
+        self._shared.trained_adaptors = set(facts["trained_adaptors"])
         self.round_index = self._begun = facts["round"]
+
+
+def _weights_line(targets: Sequence[str], combination: Combination) -> dict[str, Any]:
+    """One weight a client where all share an encoder; else a row for each encoder, by stage where asked."""
+    weights = combination.weights
+    if weights.dim() == 1:
+        return {"weights": weights.tolist()}
+    return {"weights_by_encoder": dict(zip(targets, weights.tolist(), strict=True))}
 
 
 def cosines(gram: Tensor) -> list[list[float | None]]:
@@ -228,23 +314,3 @@ def cosines(gram: Tensor) -> list[list[float | None]]:
     lengths = gram.diagonal().clamp_min(0).sqrt()
     table = gram / lengths[:, None] / lengths[None, :]
     return [[float(value) if torch.isfinite(value) else None for value in row] for row in table]
-
-
-@dataclass(frozen=True)
-class _Start:
-    """The common start: random numbers from the seed, and the initial weights where they fit."""
-
-    contract: TopologyContract
-    seed: int
-    device: torch.device
-    weights: Mapping[str, Tensor] | None
-    matched: dict[str, Matched]
-
-    def part(self, channels: int, part: Part, purpose: str) -> tuple[Tensor, FlatLayout]:
-        with seeded(derive_seed(self.seed, purpose=f"initial {purpose}")):
-            network = build_network(self.contract.architecture("segmentation"), channels, 2)
-        if self.weights is not None:
-            self.matched[purpose] = start_from(network, self.weights, [part])
-        parameters = parameters_of(network, part)
-        layout = FlatLayout.of(parameters.items())
-        return layout.bind(parameters, self.device), layout

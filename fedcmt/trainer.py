@@ -12,13 +12,16 @@ import torch
 from torch import Tensor
 
 from fedcmt.config import TrainingConfig
+from fedcmt.distillation import Teacher
 from fedcmt.errors import RunError
+from fedcmt.exchange import PARTS
 from fedcmt.files import copy_into
 from fedcmt.layout import FlatLayout
 from fedcmt.network import Part, build_network, parameters_of
 from fedcmt.objective import Validation, make_objective
 from fedcmt.plans import ClientPlan
 from fedcmt.seeding import derive_seed, seeded
+from fedcmt.strategies.client_work import ClientWork
 
 _POLY_EXPONENT = 0.9
 
@@ -28,7 +31,7 @@ class FitResult:
     """What one round of local training reports."""
 
     steps: int
-    loss: float  # mean over the steps
+    loss: float  # mean over the steps, of the task alone
     learning_rate: float
     seconds: float
     data_wait: float  # seconds of those spent waiting for batches
@@ -40,11 +43,22 @@ class Trainer:
     Attributes:
         encoder: The encoder's parameters as one flat buffer, `[P]`; the network computes in views of it.
         adaptor: The adaptor's, `[A]`.
+        decoder: The decoder's, `[D]`; None where it does not travel.
+        trained: Parts that the next :meth:`fit` changes.
     """
 
     def __init__(
-        self, plan: ClientPlan, training: TrainingConfig, *, client: str, seed: int, rounds: int, device: torch.device
+        self,
+        plan: ClientPlan,
+        training: TrainingConfig,
+        *,
+        client: str,
+        seed: int,
+        rounds: int,
+        device: torch.device,
+        work: ClientWork | None = None,
     ) -> None:
+        work = work or ClientWork()
         self._training, self._client, self._seed, self._rounds, self._device = training, client, seed, rounds, device
         with seeded(derive_seed(seed, client=client, purpose="initialisation")):
             network = build_network(
@@ -56,6 +70,14 @@ class Trainer:
         self.network = network.to(device).to(memory_format=torch.channels_last_3d)
         self.encoder, self.encoder_layout = self._share("encoder")
         self.adaptor, self.adaptor_layout = self._share("adaptor")
+        self.decoder: Tensor | None = None
+        self.decoder_layout: FlatLayout | None = None
+        if work.sends_decoder:
+            self.decoder, self.decoder_layout = self._share("decoder")
+        self.trained: tuple[str, ...] = PARTS
+        self._proximal = work.proximal
+        self._anchors: list[tuple[torch.nn.Parameter, Tensor]] = []
+        self._teacher = Teacher(self.network, work.distillation) if work.distillation.weight > 0 else None
         self._objective = make_objective(plan, training, device)
         self._optimizer = self._new_optimizer()
         if device.type == "cuda":
@@ -83,6 +105,26 @@ class Trainer:
             return self._training.learning_rate
         return self._training.learning_rate * (1 - (round_index - 1) / self._rounds) ** _POLY_EXPONENT
 
+    def receive(self, encoder: Tensor, adaptor: Tensor) -> None:
+        """Let proximal term and distillation refer to these parameters and the client's decoder as it is.
+
+        Args:
+            encoder: `[P]` as received.
+            adaptor: `[A]` as received.
+        """
+        received = ((self.encoder, self.encoder_layout, encoder), (self.adaptor, self.adaptor_layout, adaptor))
+        if self._proximal > 0:
+            parameters = dict(self.network.named_parameters())
+            copies = [(layout, flat.clone()) for _, layout, flat in received]
+            self._anchors = [(parameters[s.name], s.view(flat)) for layout, flat in copies for s in layout.segments]
+        if self._teacher is not None:
+            own = [flat.clone() for flat, _, _ in received]
+            for flat, _, value in received:
+                flat.copy_(value)
+            self._teacher.learn(self.network)
+            for (flat, _, _), value in zip(received, own, strict=True):
+                flat.copy_(value)
+
     def fit(self, round_index: int, steps: int, on_step: Callable[[int, float], None]) -> FitResult:
         """Train for a number of steps.
 
@@ -101,6 +143,7 @@ class Trainer:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self.network.train()
+        self._freeze(self.trained)
         with seeded(derive_seed(self._seed, client=self._client, round_index=round_index, purpose="training")):
             for step in range(1, steps + 1):
                 asked = time.perf_counter()
@@ -114,13 +157,25 @@ class Trainer:
                     )
                 total += loss
                 on_step(step, loss)
+        self._freeze(PARTS)
         return FitResult(steps, total / steps, rate, time.perf_counter() - started, waited)
 
+    def _freeze(self, trained: tuple[str, ...]) -> None:
+        for name, parameter in self.network.named_parameters():
+            parameter.requires_grad_(name.split(".", 1)[0] in trained)
+
     def _step(self, batch: dict[str, Tensor]) -> float:
+        # Without a gradient a frozen part sees neither momentum nor weight decay.
         self._optimizer.zero_grad(set_to_none=True)
         with self._autocast():
-            loss = self._objective.loss(self.network, batch)
-        loss.backward()
+            outputs = self._objective.outputs(self.network, batch)
+            total = loss = self._objective.loss(outputs, batch)
+            if self._teacher is not None:
+                total = loss + self._teacher.term(self._objective, outputs, loss, batch)
+        total.backward()
+        for parameter, anchor in self._anchors:
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter.detach() - anchor, alpha=self._proximal)
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), self._training.clip_norm)
         self._optimizer.step()
         return float(loss.detach())

@@ -110,7 +110,7 @@ tests() {
     done
     [ ${#files[@]} -gt 0 ] || return 1
     "$python" -m pytest "${files[@]}" --noconftest -p no:cacheprovider --rootdir "$root" -c "$root/pyproject.toml" \
-        -W default -q -k "$device" >"$folder/pytest.txt" 2>&1
+        -W default -q -k "$device and not simulated" >"$folder/pytest.txt" 2>&1
     local code=$?
     cat "$folder/pytest.txt"
     # Skipped tests alone are no success.

@@ -69,9 +69,9 @@ class Exercise:
             self.failures.append(f"{label}: two calls differ")
         for found, wanted in zip(first, as_tensors(call("cpu", "reference")), strict=True):
             scale = float(wanted.abs().max()) if wanted.numel() else 0.0
-            error = float((found - wanted).abs().max()) if wanted.numel() else 0.0
-            if not error <= tolerance * (1.0 + scale):  # also where it is NaN
-                self.failures.append(f"{label}: off by {error:.3g}, largest value {scale:.3g}")
+            off = float((found - wanted).abs().max()) if wanted.numel() else 0.0
+            if not off <= tolerance * (1.0 + scale):  # also where it is NaN
+                self.failures.append(f"{label}: off by {off:.3g}, largest value {scale:.3g}")
 
 
 def place(tensor: Tensor, device: str) -> Tensor:

@@ -95,11 +95,16 @@ def count_tiles(tile_set: int, blocks: int) -> int:
     return {TRIANGLE: blocks * (blocks + 1) // 2, RECTANGLE: blocks * blocks // 4, LAST_COLUMN: blocks}[tile_set]
 
 
+def count_tile_products(loop: Loop) -> int:
+    """Products of two blocks of 8 rows by 4 elements; DMMA.16x8x4 makes two of them, DMMA.884 and DMMA.8x8x4 one."""
+    return loop.count("DMMA") + sum("16x8x4" in instruction.opcode for instruction in loop.instructions)
+
+
 def gramian_tiles(kernel: Kernel) -> list[Part]:
-    """A warp multiplies blocks of 8 rows by 4 elements, one instruction for each tile."""
+    """A warp multiplies blocks of 8 rows by 4 elements, one product for each tile."""
     dtype, blocks, tile_set = kernel.arguments[0], int(kernel.arguments[1]), int(kernel.arguments[2])
     loop = widest(find_loops(kernel), kernel)
-    elements = 4 * loop.count("DMMA") / count_tiles(tile_set, blocks)
+    elements = 4 * count_tile_products(loop) / count_tiles(tile_set, blocks)
     return [Part(kernel, loop, elements, 8 * blocks * SIZES[dtype], 0)]
 
 

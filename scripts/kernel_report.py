@@ -10,7 +10,7 @@ import argparse
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -174,12 +174,13 @@ def is_shown(kernel: Kernel) -> bool:
     return "__half" not in kernel.arguments and (counts is None or int(kernel.arguments[1]) in counts)
 
 
-def write_tables(path: Path, tables: dict[str, Sequence[str]]) -> None:
+def write_tables(path: Path, tables: Mapping[str, Sequence[str]]) -> None:
     """Replaces what stands between `<!-- table: NAME -->` and `<!-- end -->`."""
     text = path.read_text()
     for name, lines in tables.items():
-        pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
-        text, found = re.subn(pattern, lambda m, lines=lines: m[1] + "\n".join(lines) + "\n" + m[2], text, flags=re.S)
+        pattern = rf"(?<=<!-- table: {name} -->\n).*?(?=<!-- end -->)"
+        # The tables hold no backslash, which a replacement would take for a group.
+        text, found = re.subn(pattern, "\n".join([*lines, ""]), text, flags=re.S)
         if found != 1:
             raise ValueError(f"{path} should have one place for the table {name!r}. Got {found}")
     path.write_text(text)

@@ -90,16 +90,6 @@ def traffic_of(instructions: Iterable[Instruction]) -> Traffic:
     return Traffic(read, written)
 
 
-def main_loop(kernel: Kernel) -> Loop | None:
-    """The loop that moves most bytes of global memory, or None where no loop touches it.
-
-    One with 16-byte accesses goes before one without, and an inner loop before the one around it. Such as loops over
-    rows inside a loop over elements move more in the outer one; a mere repetition of the inner one does not.
-    """
-    loops = [loop for loop in find_loops(kernel) if loop.traffic.total > 0]
-    return max(loops, key=lambda loop: (loop.wide, loop.traffic.total, not loop.inner), default=None)
-
-
 def find_loops(kernel: Kernel) -> list[Loop]:
     """All natural loops, in the order of their headers."""
     blocks = Blocks(kernel)

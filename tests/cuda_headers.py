@@ -9,8 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-# The simulator needs these, and all that they include.
-PROBE = "#include <cuda_runtime_api.h>\n#include <cuda_bf16.h>\n#include <cuda_fp16.h>\n"
+# What the simulator includes.
+PROBE = "#include <cuda_runtime_api.h>\n#include <cuda_bf16.h>\n#include <cuda_fp16.h>\n#include <vector_functions.h>\n"
 
 
 def find_cuda_include(compiler: str) -> Path | str:
@@ -22,7 +22,7 @@ def find_cuda_include(compiler: str) -> Path | str:
         if done.returncode == 0:
             return folder
         problem = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr)
-    return f"needs CUDA's headers, from nvcc or the wheels nvidia-cuda-runtime and nvidia-cuda-crt: {problem}"
+    return f"needs CUDA's headers, from nvcc or the wheels nvidia-cuda-{{runtime,crt,cccl}}: {problem}"
 
 
 def _candidates() -> list[Path]:

@@ -25,7 +25,8 @@ from cuda_headers import find_cuda_include
 from fedcmt.ops import _native
 
 ROOT = Path(__file__).resolve().parent.parent
-BUILD = ROOT / "build" / "simulated_cuda"  # kept: a second build compiles only what has changed
+# Kept, one for each Python: a second build compiles only what has changed.
+BUILD = ROOT / "build" / f"simulated_cuda-{sysconfig.get_config_var('SOABI')}"
 
 
 @contextmanager

@@ -25,8 +25,10 @@ def imports_of(path: Path, known: set[str]) -> set[str]:
     found = set()
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("fedcmt"):
-            found |= {full for name in node.names if (full := f"{node.module}.{name.name}") in known}
-            found |= {node.module} & known
+            submodules = {full for name in node.names if (full := f"{node.module}.{name.name}") in known}
+            found |= submodules
+            if len(submodules) < len(node.names):  # otherwise nothing of the package's own file is asked for
+                found |= {node.module} & known
     return found
 
 

@@ -8,7 +8,15 @@ import pytest
 from pydantic import BaseModel
 
 from fedcmt import strategies
-from fedcmt.config import ClientConfig, FederationConfig, InferenceConfig, TopologyConfig, TrainingConfig, load_config
+from fedcmt.config import (
+    ClientConfig,
+    FederationConfig,
+    InferenceConfig,
+    StrategyConfig,
+    TopologyConfig,
+    TrainingConfig,
+    load_config,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -21,8 +29,17 @@ def test_every_setting_is_documented(model: type[BaseModel]) -> None:
 
 
 def test_every_strategy_is_documented() -> None:
-    text = (ROOT / "docs" / "config.md").read_text()
-    assert all(f"| `{name}` |" in text for name in strategies.names())
+    for document in ("config.md", "strategies.md"):
+        text = (ROOT / "docs" / document).read_text()
+        assert [name for name in strategies.names() if f"`{name}`" not in text] == [], document
+
+
+def test_every_setting_of_a_strategy_is_documented() -> None:
+    text = (ROOT / "docs" / "strategies.md").read_text()
+    for name in strategies.names():
+        model = type(strategies.create(StrategyConfig(name=name))).settings_model
+        missing = [key for key in model.model_fields if f"`{key}`" not in text and f"`{key}." not in text]
+        assert not missing, name
 
 
 def test_documented_defaults_are_the_real_ones() -> None:

@@ -41,6 +41,7 @@ def make_server(strategy: str = "fedcmt", **settings: float) -> Server:
         CONTRACT,
         clients(),
         seed=1,
+        rounds=10,
         device=torch.device("cpu"),
     )
 
@@ -172,13 +173,13 @@ def test_local_strategy_exchanges_the_start_only() -> None:
 
 
 def state_of_encoder(server: Server) -> torch.Tensor:
-    return server._encoder.clone()
+    return server._shared.encoder("ct_a").clone()
 
 
 def test_another_topology_is_refused() -> None:
     odd = [replace(clients()[0], topology="0" * 64)]
     with pytest.raises(InputError, match="client 'ct_a', field 'topology'"):
-        Server(strategies.create(StrategyConfig()), CONTRACT, odd, seed=1, device=torch.device("cpu"))
+        Server(strategies.create(StrategyConfig()), CONTRACT, odd, seed=1, rounds=1, device=torch.device("cpu"))
 
 
 def test_saved_state_is_exact_and_foreign_state_is_refused(tmp_path: Path) -> None:
@@ -197,6 +198,6 @@ def test_saved_state_is_exact_and_foreign_state_is_refused(tmp_path: Path) -> No
         running.finish()
     assert all(torch.equal(state(server)[key], state(other)[key]) for key in state(server))
     contract = TopologyContract.of(TopologyConfig(features=[4, 8, 32], adaptor_width=4))
-    foreign = Server(strategies.create(StrategyConfig()), contract, [], seed=1, device=torch.device("cpu"))
+    foreign = Server(strategies.create(StrategyConfig()), contract, [], seed=1, rounds=1, device=torch.device("cpu"))
     with pytest.raises(InputError, match="another topology"):
         foreign.restore(tmp_path / "state.safetensors")

@@ -13,14 +13,7 @@ namespace cuda {
 // sums += A B' for blocks A and B.
 __device__ __forceinline__ void multiply_tile(double a, double b, double (&sums)[2]) {
 #ifdef FEDCMT_SIMULATED
-  const int lane = threadIdx.x % 32;
-  for (int k = 0; k < 4; ++k) {
-    const double x = __shfl_sync(kFullWarp, a, lane / 4 * 4 + k);
-    for (int v = 0; v < 2; ++v) {
-      const double y = __shfl_sync(kFullWarp, b, (lane % 4 * 2 + v) * 4 + k);
-      sums[v] = fma(x, y, sums[v]);
-    }
-  }
+  ::cuda_on_cpu::mma_m8n8k4(a, b, sums);
 #else
   asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
                : "+d"(sums[0]), "+d"(sums[1])

@@ -94,11 +94,24 @@ __device__ __forceinline__ void load_floats(const float* from, int64_t first, co
   }
 }
 
+// In one instruction also where the address comes from a table: nvcc takes such an address for a
+// generic one and would split the store.
+template <typename T>
+__device__ __forceinline__ void store_words(uint4 words, T* to) {
+#ifdef FEDCMT_SIMULATED
+  *reinterpret_cast<uint4*>(to) = words;
+#else
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+               "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w)
+               : "memory");
+#endif
+}
+
 template <bool kWide, typename T>
 __device__ __forceinline__ void store_packet(const Packet<T>& packet, T* to, int64_t first,
                                              const Range& range) {
   if (kWide) {
-    *reinterpret_cast<uint4*>(to + first) = *reinterpret_cast<const uint4*>(&packet);
+    store_words(*reinterpret_cast<const uint4*>(&packet), to + first);
   } else {
 #pragma unroll
     for (int k = 0; k < Packet<T>::kSize; ++k) {

@@ -2,8 +2,8 @@
 //
 // A block takes one piece of the rows and one group of targets. It reads every row once and keeps
 // the group's d in registers, so each value of a row serves the whole group. The groups of a piece
-// follow each other in launch order: they run side by side and share the rows through the
-// second-level cache, while DRAM delivers each row once.
+// follow each other in launch order: they run side by side, so that DRAM delivers a row to the
+// first of them and the second-level cache to the others.
 #include <algorithm>
 
 #include "pieces.cuh"

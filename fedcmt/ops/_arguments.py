@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +25,8 @@ def as_tensor(name: str, value: Any, *, written: bool = False) -> Tensor:
     """
     if isinstance(value, Tensor):
         return value
-    if isinstance(value, np.ndarray):
+    numpy = sys.modules.get("numpy")  # where nobody imported it, nothing can be its array
+    if numpy is not None and isinstance(value, numpy.ndarray):
         if written and not value.flags.writeable:
             raise ValueError(f"`{name}` should be writable. Got a read-only array")
         with warnings.catch_warnings():
@@ -164,8 +165,9 @@ def check_weights(weights: Any, shape: tuple[int, ...]) -> Tensor:
     else:
         tensor = _nested_numbers(weights)
     if tuple(tensor.shape) != shape:
-        expected = f"one number an update, {shape[0]}" if len(shape) == 1 else f"shape {shape}"
-        raise ValueError(f"`weights` should hold {expected}. Got {tuple(tensor.shape)}")
+        expected = f"one number an update, {shape[0]}" if len(shape) == 1 else f"numbers of shape {shape}"
+        found = len(tensor) if tensor.dim() == len(shape) == 1 else tuple(tensor.shape)
+        raise ValueError(f"`weights` should hold {expected}. Got {found}")
     wrong = ~(tensor.abs() <= torch.finfo(torch.float32).max)
     if bool(wrong.any()):
         raise ValueError(f"`weights` should be finite as float32. Got {tensor[wrong][0].item()}")
@@ -173,11 +175,13 @@ def check_weights(weights: Any, shape: tuple[int, ...]) -> Tensor:
 
 
 def _nested_numbers(weights: Sequence[Any]) -> Tensor:
+    rows = []
     for name, value in named(weights, "weights"):
-        if not isinstance(value, (Sequence, Tensor, np.ndarray)) or isinstance(value, str):
+        if isinstance(value, str) or not (isinstance(value, Sequence) or hasattr(value, "tolist")):
             check_number(name, value)
+        rows.append(value.tolist() if hasattr(value, "tolist") else value)
     try:
-        return torch.from_numpy(np.array([np.asarray(w, dtype=np.float64) for w in weights]))
+        return torch.tensor(rows, dtype=torch.float64)
     except ValueError:
         raise ValueError("`weights` should have rows of one length. Got rows of different lengths") from None
 

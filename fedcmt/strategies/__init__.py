@@ -6,12 +6,47 @@ import difflib
 
 from fedcmt.config import StrategyConfig, validated
 from fedcmt.errors import InputError
+from fedcmt.strategies.affinity import AffinityStrategy
+from fedcmt.strategies.asymfedavg import AsymFedAvg
 from fedcmt.strategies.base import Strategy
+from fedcmt.strategies.cagrad import CAGrad
+from fedcmt.strategies.conflict_free import ConFIG
+from fedcmt.strategies.ditto import Ditto
 from fedcmt.strategies.fedavg import FedAvg
+from fedcmt.strategies.fedbn import FedBN
 from fedcmt.strategies.fedcmt import FedCMT
+from fedcmt.strategies.fedcmt_paper import FedCMTPaper
+from fedcmt.strategies.fedhca2 import FedHCA2
+from fedcmt.strategies.fedopt import FedOpt
+from fedcmt.strategies.fedper import FedPer
+from fedcmt.strategies.fedprox import FedProx
 from fedcmt.strategies.local import Local
+from fedcmt.strategies.mgda import MGDA
+from fedcmt.strategies.pcgrad import PCGrad
+from fedcmt.strategies.tuned_weights import TunedWeights
+from fedcmt.strategies.upgrad import UPGrad
 
-_STRATEGIES: dict[str, type[Strategy]] = {strategy.name: strategy for strategy in (FedAvg, FedCMT, Local)}
+_ALL: tuple[type[Strategy], ...] = (
+    AffinityStrategy,
+    AsymFedAvg,
+    CAGrad,
+    ConFIG,
+    Ditto,
+    FedAvg,
+    FedBN,
+    FedCMT,
+    FedCMTPaper,
+    FedHCA2,
+    FedOpt,
+    FedPer,
+    FedProx,
+    Local,
+    MGDA,
+    PCGrad,
+    TunedWeights,
+    UPGrad,
+)
+_STRATEGIES: dict[str, type[Strategy]] = {strategy.name: strategy for strategy in _ALL}
 
 __all__ = ["Strategy", "create", "names"]
 

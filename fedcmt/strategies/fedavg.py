@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from pydantic import Field
 from torch import Tensor
 
 from fedcmt.config import Settings
 from fedcmt.exchange import ClientDescription
-from fedcmt.strategies.base import ServerSettings, Strategy, by_cases
+from fedcmt.strategies.base import AdaptorSharing, RoundUpdates, ServerSettings, Strategy, adaptor_key, by_cases
 
 
-class FedAvgSettings(ServerSettings):
-    """Settings of federated averaging."""
+class AveragingSettings(ServerSettings):
+    """Settings of strategies that share one encoder."""
 
-    adaptors: Literal["channels", "group"] = Field(
-        "channels", description="who shares an adaptor: equal number of channels, or equal modality as well"
+    adaptors: AdaptorSharing = Field(
+        "channels", description="who shares an adaptor: equal number of channels, equal modality as well, or nobody"
     )
 
 
@@ -28,13 +28,13 @@ class FedAvg(Strategy):
     """
 
     name: ClassVar[str] = "fedavg"
-    settings_model: ClassVar[type[Settings]] = FedAvgSettings
-    settings: FedAvgSettings
+    settings_model: ClassVar[type[Settings]] = AveragingSettings
+    settings: AveragingSettings
 
-    def weights(self, gram: Tensor, num_cases: Tensor) -> Tensor:
+    def weights(self, updates: RoundUpdates) -> Tensor:
         """w_i = |D_i| / sum_j |D_j|."""
-        return by_cases(num_cases)
+        return by_cases(updates.num_cases)
 
     def adaptor_key(self, client: ClientDescription) -> str:
-        """By channels, or by modality and channels."""
-        return client.group if self.settings.adaptors == "group" else f"{client.channels}-channel"
+        """By channels, by modality and channels, or by client."""
+        return adaptor_key(client, self.settings.adaptors)

@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from fedcmt.config import Settings
-from fedcmt.strategies.base import Strategy
+from fedcmt.strategies.base import RoundUpdates, Strategy
 
 
 class Local(Strategy):
@@ -17,6 +17,6 @@ class Local(Strategy):
     settings_model: ClassVar[type[Settings]] = Settings
     federated: ClassVar[bool] = False
 
-    def weights(self, gram: Tensor, num_cases: Tensor) -> Tensor:
+    def weights(self, updates: RoundUpdates) -> Tensor:
         """Never asked for: there is nothing to combine."""
         raise NotImplementedError("strategy 'local' combines no updates")
