@@ -73,6 +73,22 @@ def _preprocess_datasets(options: argparse.Namespace) -> None:
         print(f"{dataset.name}: {_described(plan)}")
 
 
+def check(options: argparse.Namespace) -> None:
+    """Look for everything that is wrong with datasets, and change nothing."""
+    from fedcmt.checks import check_datasets, check_federation
+
+    if not options.config and not options.datasets:
+        raise InputError(
+            "nothing to check", field="-d", fix="name datasets with -d ID ... or a federation with --config"
+        )
+    if options.config:
+        lines = check_federation(load_config(options.config))
+    else:
+        lines = check_datasets(_folder(options.raw, "raw"), options.datasets)
+    for line in lines:
+        print(line, flush=True)
+
+
 def _folder(given: Path | None, which: str) -> Path:
     import os
 
@@ -135,6 +151,10 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     add_run_arguments(command(run))
+    checking = command(check)
+    checking.add_argument("-d", "--datasets", nargs="+", metavar="ID", help="numbers or names of raw datasets")
+    checking.add_argument("--config", type=Path, help="check the datasets and settings of this federation's clients")
+    checking.add_argument("--raw", type=Path, help="folder of raw datasets (default $nnUNet_raw)")
     preparing = command(preprocess)
     preparing.add_argument("-d", "--datasets", nargs="+", metavar="ID", help="numbers or names of raw datasets")
     preparing.add_argument("--config", type=Path, help="preprocess for the clients of this federation instead")

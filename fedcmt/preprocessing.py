@@ -25,8 +25,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from scipy import ndimage
 
-from fedcmt.dataset import Case, RawDataset, check_images
-from fedcmt.errors import InputError
+from fedcmt.dataset import Case, RawDataset, inspect_images
+from fedcmt.errors import InputError, Problems
 from fedcmt.files import read_json, write_json
 from fedcmt.volume import read_volume, write_segmentation
 
@@ -67,11 +67,14 @@ def preprocessed_plan(
     checked = _digest([inputs], dataset.test.values())
     record = folder / _RECORD
     known: dict[str, Any] = read_json(record) if record.is_file() else {}
-    if known.get("checked") == checked:
+    if known.get("checked") == checked and "orientations" in known:
         return known["plans"], known["dataset_json"], folder
-    warnings = check_images(dataset, client=client)
+    problems = Problems()
+    images = inspect_images(dataset, problems, client=client)
+    problems.raise_any()
+    findings = {"checked": checked, "warnings": images.warnings, "orientations": images.orientations}
     if known.get("inputs") == inputs:  # only test cases changed
-        write_json(record, known | {"checked": checked, "warnings": warnings})
+        write_json(record, known | findings)
         return known["plans"], known["dataset_json"], folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -83,14 +86,18 @@ def preprocessed_plan(
         _nnunet_folders(raw, preprocessed),
     ):
         plans, dataset_json = _run_nnunet(dataset, folder, spacing, client, workers)
-    facts = {"inputs": inputs, "checked": checked, "warnings": warnings, "plans": plans, "dataset_json": dataset_json}
-    write_json(record, facts)
+    write_json(record, {"inputs": inputs, **findings, "plans": plans, "dataset_json": dataset_json})
     return plans, dataset_json, folder
 
 
 def preprocessing_warnings(folder: Path) -> list[str]:
     """What the check of the images remarked on, one line each."""
     return list(read_json(folder / _RECORD)["warnings"])
+
+
+def stored_orientations(folder: Path) -> dict[str, int]:
+    """Axis codes such as ``RAS`` -> number of training cases stored that way, most frequent first."""
+    return dict(read_json(folder / _RECORD)["orientations"])
 
 
 def _run_nnunet(

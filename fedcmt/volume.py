@@ -20,7 +20,7 @@ import numpy as np
 import SimpleITK as sitk
 from numpy.typing import DTypeLike
 
-from fedcmt.errors import InputError
+from fedcmt.errors import InputError, Problems
 from fedcmt.nifti import check_affine, check_claimed_size, check_file_size, header_from_affine, nifti_bytes, read_nifti
 
 NIFTI_ENDINGS = (".nii.gz", ".nii")
@@ -86,17 +86,19 @@ def read_volume(
     names = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     if not names:
         raise InputError("no image file given", field="images")
-    channels = [_read_channel(Path(name), dtype) for name in names]
+    problems, channels = Problems(), []
+    for name in names:
+        with problems.caught():
+            channels.append(_read_channel(Path(name), dtype))
+    problems.raise_any()
     first = channels[0]
     for name, channel in zip(names[1:], channels[1:], strict=True):
         difference = geometry_difference(first, channel)
         if difference is not None:
             field, text = difference
-            raise InputError(
-                f"channels {Path(names[0]).name} and {Path(name).name} differ: {text}",
-                field=field,
-                fix="resample all channels of a case onto one grid",
-            )
+            reason = f"channels {Path(names[0]).name} and {Path(name).name} differ: {text}"
+            problems.add(InputError(reason, field=field, fix="resample all channels of a case onto one grid"))
+    problems.raise_any()
     if len(channels) == 1:
         return first
     return Volume(np.concatenate([channel.data for channel in channels]), first.spacing, first.affine, first.header)
@@ -117,13 +119,20 @@ def geometry_difference(first: Volume, second: Volume) -> tuple[str, str] | None
         return "spacing", f"spacing (D, H, W) {_rounded(first.spacing)} and {_rounded(second.spacing)} mm"
     cosines = [volume.affine[:3, :3] / np.linalg.norm(volume.affine[:3, :3], axis=0) for volume in (first, second)]
     if np.abs(cosines[0] - cosines[1]).max() > 1e-3:
-        codes = ["".join(nib.aff2axcodes(volume.affine)) for volume in (first, second)]
+        codes = [axis_codes(volume.affine) for volume in (first, second)]
         detail = f"axes {codes[0]} and {codes[1]}" if codes[0] != codes[1] else "rotated against each other"
         return "direction", f"direction ({detail})"
     distance = float(np.linalg.norm(first.affine[:3, 3] - second.affine[:3, 3]))
     if distance > 0.1 * min(first.spacing):
         return "origin", f"origin {_rounded(first.affine[:3, 3])} and {_rounded(second.affine[:3, 3])} mm"
     return None
+
+
+def axis_codes(affine: np.ndarray) -> str:
+    """Returns where voxel axes x, y and z point to, such as ``LPS`` or ``RAS`` (nibabel's codes), rounded for oblique
+    grids.
+    """
+    return "".join(nib.aff2axcodes(affine))
 
 
 def write_segmentation(volume_like: Volume, labels: np.ndarray, path: str | os.PathLike[str]) -> None:

@@ -214,7 +214,7 @@ STRUCTURE_FAULTS: dict[str, tuple[Callable[[Path], None], str | None, str | None
     "channel missing": (remove("imagesTr/case_2_0001.nii.gz"), "case_2", "images"),
     "test channel missing": (remove("imagesTs/case_9_0000.nii.gz"), "case_9", "images"),
     "label missing": (remove("labelsTr/case_2.nii.gz"), "case_2", "labelsTr"),
-    "labels missing": (lambda folder: shutil.rmtree(folder / "labelsTr"), "case_1", "labelsTr"),
+    "labels missing": (lambda folder: shutil.rmtree(folder / "labelsTr"), None, "labelsTr"),
     "images missing": (lambda folder: shutil.rmtree(folder / "imagesTr"), None, "imagesTr"),
     "label without image": (rename("labelsTs/case_9.nii.gz", "labelsTr/case_9.nii.gz"), "case_9", "imagesTr"),
     "no channel number": (rename("imagesTr/case_1_0000.nii.gz", "imagesTr/case_1.nii.gz"), None, "images"),
