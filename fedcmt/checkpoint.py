@@ -18,7 +18,9 @@ import torch
 
 from fedcmt.errors import InputError
 from fedcmt.files import copy_into, read_json, read_tensors, write_bytes, write_json, write_text
+from fedcmt.model_checks import check_model, check_topology
 from fedcmt.network import build_network
+from fedcmt.plans import contract_digest
 from fedcmt.preprocessing import CONFIGURATION
 
 _STATE = re.compile(r"round-(\d{4,})\.safetensors")
@@ -211,11 +213,16 @@ def load_model(folder: ClientFolder) -> tuple[torch.nn.Module, dict[str, Any], d
         InputError: A file is missing, damaged or does not fit the others.
     """
     plans, dataset_json, facts = (read_json(path) for path in (folder.plans, folder.dataset_json, folder.facts))
-    tensors, _ = read_tensors(folder.best)
+    tensors, stored = read_tensors(folder.best)
+    files = {"plans": folder.plans, "dataset_json": folder.dataset_json, "facts": folder.facts, "weights": folder.best}
+    check_model(files, plans, facts, CONFIGURATION, tensors)
     try:
         architecture = plans["configurations"][CONFIGURATION]["architecture"]
+        check_topology(stored.get("topology"), contract_digest(architecture), folder.best)
         network = build_network(architecture, len(dataset_json["channel_names"]), facts["num_heads"])
-    except (KeyError, TypeError, ValueError) as error:
+    except InputError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
         raise InputError(f"{folder.plans} describes no FedCMT network ({error})", field="plans") from None
     named = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     copy_into({name: tensor.data for name, tensor in named.items()}, tensors, source=folder.best)

@@ -99,6 +99,8 @@ def read_classes(
             reason = f"the case has no row in {CLASS_FILE}"
             problems.add(InputError(reason, case=identifier, field="label", fix="add the row"))
     else:
+        if not description.labels:
+            return None, {}
         names, case_class = _classes_from_labels(description, train, test, problems)
     if len(problems.errors) == before:
         _check_classes(names, case_class, train)
@@ -292,8 +294,6 @@ def _classes_from_labels(
     by_value = {label: name for name, label in description.labels.items() if name != "ignore"}
     names = tuple(by_value[value] for value in sorted(value for value in by_value if isinstance(value, int)))
     case_class: dict[str, int] = {}
-    if not by_value:  # labels are wrong, which is on record
-        return names, case_class
     for identifier, case in (*train.items(), *test.items()):
         if case.label is None and identifier in test:
             continue
