@@ -215,7 +215,7 @@ def load_model(folder: ClientFolder) -> tuple[torch.nn.Module, dict[str, Any], d
     plans, dataset_json, facts = (read_json(path) for path in (folder.plans, folder.dataset_json, folder.facts))
     tensors, stored = read_tensors(folder.best)
     files = {"plans": folder.plans, "dataset_json": folder.dataset_json, "facts": folder.facts, "weights": folder.best}
-    check_model(files, plans, facts, CONFIGURATION, tensors)
+    check_model(files, plans, dataset_json, facts, CONFIGURATION, tensors)
     try:
         architecture = plans["configurations"][CONFIGURATION]["architecture"]
         check_topology(stored.get("topology"), contract_digest(architecture), folder.best)

@@ -69,7 +69,11 @@ def read_dataset_json(path: Path, problems: Problems) -> DatasetJson:
     Raises:
         InputError: the file is missing or is no JSON object.
     """
-    raw = _read_json(path)
+    return parse_dataset_json(_read_json(path), problems)
+
+
+def parse_dataset_json(raw: dict[str, Any], problems: Problems) -> DatasetJson:
+    """Checks the content of a ``dataset.json``; see :func:`read_dataset_json`."""
     is_classification = "classification_labels" in raw or raw.get("is_classification_dataset") is True
     if is_classification and "labels" not in raw:
         raw = {**raw, "labels": {"background": 0}}

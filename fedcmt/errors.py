@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-_LONGEST_LINE = 600  # a message may quote from the user's files, which may hold anything
+_LONGEST_LINE = 1000  # a message may quote from the user's files, which may hold anything
 
 
 class InputError(ValueError):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedcmt.dataset_json import read_dataset_json
+from fedcmt.dataset_json import parse_dataset_json
 from fedcmt.errors import InputError, Problems
 
 _LARGEST = 4096  # channels of a stage, or heads
@@ -24,13 +24,19 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")  # a class or function that n
 
 
 def check_model(
-    files: Mapping[str, Path], plans: Any, facts: Any, configuration: str, tensors: Mapping[str, Tensor]
+    files: Mapping[str, Path],
+    plans: Any,
+    dataset_json: Any,
+    facts: Any,
+    configuration: str,
+    tensors: Mapping[str, Tensor],
 ) -> None:
     """Refuse a model whose files are malformed.
 
     Args:
         files: Paths of ``plans``, ``dataset_json``, ``facts`` and ``weights``.
         plans: nnU-Net's plans as read from JSON.
+        dataset_json: Channels and labels as read from JSON. Its file list is not looked at: the files stay at the site.
         facts: Task, heads and mirror axes as read from JSON.
         configuration: Which of the plans' configurations is used.
         tensors: The weights.
@@ -40,8 +46,11 @@ def check_model(
     """
     problems = Problems()
     channels = 0
-    with problems.caught():
-        channels = len(read_dataset_json(files["dataset_json"], problems).channel_names)
+    if not isinstance(dataset_json, dict):
+        problems.add(InputError(f"{files['dataset_json']} holds no object", field="dataset.json"))
+    else:
+        described = {key: value for key, value in dataset_json.items() if key != "dataset"}
+        channels = len(parse_dataset_json(described, problems).channel_names)
     with problems.caught(field="plans"):
         _check_plans(plans, configuration, channels, files["plans"])
     with problems.caught(field="model"):

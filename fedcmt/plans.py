@@ -23,7 +23,8 @@ from fedcmt.config import ClientConfig, TopologyConfig
 from fedcmt.dataset import RawDataset
 from fedcmt.errors import InputError
 from fedcmt.files import read_json, write_json
-from fedcmt.preprocessing import CONFIGURATION, preprocessed_plan
+from fedcmt.orientation import ORIENTATIONS_KEY
+from fedcmt.preprocessing import CONFIGURATION, preprocessed_plan, stored_orientations
 
 _NORMS = {
     "instance": ("torch.nn.modules.instancenorm.InstanceNorm3d", {"eps": 1e-5, "affine": True}),
@@ -189,6 +190,7 @@ def prepare_client(
     )
     plans = deepcopy(plans)
     plans["plans_name"] = "FedCMTPlans"
+    plans[ORIENTATIONS_KEY] = stored_orientations(folder)
     configuration = plans["configurations"][CONFIGURATION]
     configuration["architecture"] = contract.architecture(task)
     planned = configuration["patch_size"]

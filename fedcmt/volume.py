@@ -18,6 +18,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
+from nibabel.orientations import apply_orientation
 from numpy.typing import DTypeLike
 
 from fedcmt.errors import InputError, Problems
@@ -48,12 +49,19 @@ class Volume:
         affine: ``[4, 4]`` float64, voxel (x, y, z) -> mm in RAS+.
         header: the NIfTI header the volume was read with, whose geometry fields are written back verbatim; None for
             other formats.
+        axes_back: for a volume that was turned after reading, nibabel's orientation transform back to the stored axes
+            (x, y, z); what is written is turned back.
     """
 
     data: np.ndarray
     spacing: tuple[float, float, float]
     affine: np.ndarray
     header: nib.Nifti1Header | None = None
+    axes_back: np.ndarray | None = None
+
+    def as_stored(self, array: np.ndarray) -> np.ndarray:
+        """Returns an array ``[..., D, H, W]`` on this volume's grid with the axes of the file it was read from."""
+        return array if self.axes_back is None else turned_axes(array, self.axes_back)
 
     def __post_init__(self) -> None:
         if self.data.ndim != 4:
@@ -73,7 +81,8 @@ def read_volume(
     """Reads one 3D file, or one 3D file per channel, into a ``Volume``.
 
     Args:
-        paths: ``.nii``, ``.nii.gz``, ``.nrrd``, ``.nhdr``, ``.mha`` or ``.mhd``; a sequence is read as channels.
+        paths: ``.nii``, ``.nii.gz``, ``.nrrd``, ``.nhdr``, ``.mha`` or ``.mhd``, a folder with a DICOM series, or one
+            slice of a series; a sequence is read as channels.
         dtype: type of the voxels returned; None keeps what is stored (float64 where intensities are scaled).
 
     Returns:
@@ -135,6 +144,12 @@ def axis_codes(affine: np.ndarray) -> str:
     return "".join(nib.aff2axcodes(affine))
 
 
+def turned_axes(array: np.ndarray, turn: np.ndarray) -> np.ndarray:
+    """Applies nibabel's orientation transform of the axes (x, y, z) to an array ``[..., D, H, W]``."""
+    xyz_first = np.moveaxis(array, (-1, -2, -3), (0, 1, 2))
+    return np.ascontiguousarray(np.moveaxis(apply_orientation(xyz_first, turn), (0, 1, 2), (-1, -2, -3)))
+
+
 def write_segmentation(volume_like: Volume, labels: np.ndarray, path: str | os.PathLike[str]) -> None:
     """Writes a label map on exactly the grid of ``volume_like``, atomically.
 
@@ -155,6 +170,7 @@ def write_segmentation(volume_like: Volume, labels: np.ndarray, path: str | os.P
     lowest, highest = (int(labels.min()), int(labels.max())) if labels.size else (0, 0)
     if lowest < 0 or highest > 65535:
         raise ValueError(f"`labels` should be in 0..65535. Found {lowest}..{highest}.")
+    labels = volume_like.as_stored(labels)
     _write(volume_like, labels.astype(np.uint8 if highest <= 255 else np.uint16), Path(path))
 
 
@@ -172,7 +188,7 @@ def write_volume(volume: Volume, path: str | os.PathLike[str], *, channel: int |
     """
     if channel is None and volume.data.shape[0] != 1:
         raise ValueError(f"`channel` should say which of the {volume.data.shape[0]} channels to write. Found None.")
-    voxels = volume.data[channel or 0]
+    voxels = volume.as_stored(volume.data[channel or 0])
     if voxels.dtype not in _WRITABLE_DTYPES:
         if voxels.dtype.kind in "iu" and voxels.size and max(-int(voxels.min()), int(voxels.max())) >= 2**31:
             raise ValueError(f"`volume` should fit into 32 bits. Found {voxels.min()}..{voxels.max()}.")
@@ -204,6 +220,10 @@ def _replace_file(path: Path, content: bytes) -> None:
 
 
 def _read_channel(path: Path, dtype: DTypeLike | None) -> Volume:
+    from fedcmt import dicom  # which makes volumes
+
+    if (path.is_dir() and not has_ending(path, READABLE_ENDINGS)) or dicom.is_dicom(path):
+        return _checked(dicom.read_dicom(path), dtype, path)
     if not has_ending(path, READABLE_ENDINGS):
         raise InputError(f"{path.name} is no known image format", fix=f"use one of {', '.join(READABLE_ENDINGS)}")
     if not path.is_file():
@@ -212,6 +232,10 @@ def _read_channel(path: Path, dtype: DTypeLike | None) -> Volume:
         stored = _read_itk(path) if has_ending(path, SIMPLEITK_ENDINGS) else _read_nifti_volume(path)
     except OSError as error:
         raise InputError(f"{path.name} cannot be read ({error.strerror or error})", fix="check the file") from error
+    return _checked(stored, dtype, path)
+
+
+def _checked(stored: Volume, dtype: DTypeLike | None, path: Path) -> Volume:
     voxels = stored.data
     if dtype is not None:
         with np.errstate(over="ignore"):  # an overflow becomes Inf, which is refused below

@@ -264,6 +264,13 @@ PLANS = {
         }
     },
 }
+DESCRIPTION = {
+    "channel_names": {"0": "T1", "1": "T2"},
+    "labels": {"background": 0, "a": 1, "b": 2},
+    "numTraining": 2,
+    "file_ending": ".nii.gz",
+    "dataset": LISTED,
+}
 FACTS = {"task": "segmentation", "num_heads": 3, "mirror_axes": [0, 1, 2], "class_names": []}
 
 
@@ -272,11 +279,13 @@ def model_files(folder: Path) -> dict[str, Path]:
     return dict.fromkeys(("dataset_json", "plans", "facts", "weights"), folder / "dataset.json")
 
 
-@given(data=st.data(), which=st.sampled_from(["plans", "facts", "both"]))
+@given(data=st.data(), which=st.sampled_from(["plans", "facts", "document"]))
 @QUICK
 def test_plans_and_facts_of_a_model(folder: Path, data: st.DataObject, which: str) -> None:
-    plans = mutate(PLANS, data) if which != "facts" else PLANS
-    facts = mutate(FACTS, data) if which != "plans" else FACTS
+    plans, document, facts = (
+        mutate(content, data) if name == which else content
+        for name, content in (("plans", PLANS), ("document", DESCRIPTION), ("facts", FACTS))
+    )
     files = {
         "dataset_json": folder / "dataset.json",
         "plans": folder / "p",
@@ -284,7 +293,7 @@ def test_plans_and_facts_of_a_model(folder: Path, data: st.DataObject, which: st
         "weights": folder / "w",
     }
     with only_input_errors():
-        check_model(files, plans, facts, "3d_fullres", {})
+        check_model(files, plans, document, facts, "3d_fullres", {})
         assert facts["num_heads"] <= 4096
         assert len(plans["configurations"]["3d_fullres"]["patch_size"]) == 3
 
@@ -296,6 +305,6 @@ def test_the_unchanged_files_pass(folder: Path) -> None:
         "facts": folder / "f",
         "weights": folder / "w",
     }
-    check_model(files, PLANS, FACTS, "3d_fullres", {"w": torch.ones(3)})
+    check_model(files, PLANS, DESCRIPTION, FACTS, "3d_fullres", {"w": torch.ones(3)})
     with pytest.raises(InputError, match="NaN or Inf"):
-        check_model(files, PLANS, FACTS, "3d_fullres", {"w": torch.tensor([np.nan])})
+        check_model(files, PLANS, DESCRIPTION, FACTS, "3d_fullres", {"w": torch.tensor([np.nan])})
