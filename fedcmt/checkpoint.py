@@ -23,6 +23,7 @@ from fedcmt.network import build_network
 from fedcmt.plans import contract_digest
 from fedcmt.preprocessing import CONFIGURATION
 
+CROSS_FILE = "cross_evaluation.json"
 _STATE = re.compile(r"round-(\d{4,})\.safetensors")
 _KEPT_ROUNDS = 2  # should the newest be damaged, the one before still stands
 
@@ -109,6 +110,11 @@ class Workspace:
         return self.path / "results.json"
 
     @property
+    def cross_evaluation(self) -> Path:
+        """Scores of every model on every test set."""
+        return self.path / CROSS_FILE
+
+    @property
     def tensorboard(self) -> Path:
         """Event files."""
         return self.path / "tensorboard"
@@ -153,7 +159,7 @@ class Workspace:
         """Delete what a run left here, and nothing else."""
         for folder in ("server", "clients", "predictions", "tensorboard"):
             shutil.rmtree(self.path / folder, ignore_errors=True)
-        for path in (self.config, self.metrics, self.results, self.path / "report.html"):
+        for path in (self.config, self.metrics, self.results, self.path / "report.html", self.cross_evaluation):
             path.unlink(missing_ok=True)
 
     def committed_rounds(self, clients: Sequence[str]) -> list[int]:

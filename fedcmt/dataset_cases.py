@@ -213,7 +213,7 @@ def _require_labels(train: Mapping[str, Case], problems: Problems) -> None:
 
 def _read_rows(path: Path, problems: Problems) -> dict[str, dict[str, str]]:
     """Reads the rows of ``cls_data.csv`` by identifier."""
-    columns, table = _read_table(path)
+    columns, table = read_table(path, ("identifier", "label"), CLASS_FILE)
     rows: dict[str, dict[str, str]] = {}
     for number, entry in enumerate(table, start=2):
         with problems.caught(field=CLASS_FILE):
@@ -230,7 +230,20 @@ def _read_rows(path: Path, problems: Problems) -> dict[str, dict[str, str]]:
     return rows
 
 
-def _read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+def read_table(path: Path, needed: Sequence[str], field: str) -> tuple[list[str], list[dict[str, str]]]:
+    """Reads a CSV file with a first line of column names.
+
+    Args:
+        path: the file.
+        needed: columns that must be there.
+        field: named in errors.
+
+    Returns:
+        The columns, and a mapping for each row; a row that is too short or too long holds None.
+
+    Raises:
+        InputError: it cannot be read as such.
+    """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
@@ -239,10 +252,10 @@ def _read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
             table = list(reader)
     except (csv.Error, UnicodeDecodeError, OSError) as error:
         fix = "write it as UTF-8 text"
-        raise InputError(f"{path.name} cannot be read ({error})", field=CLASS_FILE, fix=fix) from error
-    if not {"identifier", "label"} <= set(columns) or len(set(columns)) != len(columns):
-        reason = f"columns are {', '.join(columns) or 'none'}, expected identifier,label[,split]"
-        raise InputError(reason, field=CLASS_FILE, fix="correct the first line, separated by commas")
+        raise InputError(f"{path.name} cannot be read ({error})", field=field, fix=fix) from error
+    if not set(needed) <= set(columns) or len(set(columns)) != len(columns):
+        reason = f"columns are {', '.join(columns) or 'none'}, expected {','.join(needed)} and distinct names"
+        raise InputError(reason, field=field, fix="correct the first line, separated by commas")
     return columns, table
 
 
