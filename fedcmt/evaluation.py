@@ -55,24 +55,29 @@ def evaluate_segmentations(
     description = _description(dataset_json, predictions, truth)
     classes = scored_classes(description.labels)
     pairs, warnings = _pairs(predictions, truth, output, chill)
-    problems = Problems()
 
-    def score(case: str) -> dict[str, Any] | None:
-        with problems.caught(case=case):
-            predicted, reference = (read_volume(path, dtype=None) for path in pairs[case])
-            warnings.extend(_check_grids(case, predicted, reference))
+    def score(case: str) -> tuple[dict[str, Any] | None, Problems, list[str]]:
+        found, remarks = Problems(), []
+        with found.caught(case=case):
+            predicted, reference = _read_pair(*pairs[case])
+            remarks = _check_grids(case, predicted, reference)
             metrics = case_metrics(
                 predicted.data[0], reference.data[0], classes, description.ignore_label, reference.spacing
             )
-            return {
+            row = {
                 "reference_file": str(pairs[case][1]),
                 "prediction_file": str(pairs[case][0]),
                 "metrics": {str(classes[name]): values for name, values in metrics.items()},
             }
-        return None
+            return row, found, remarks
+        return None, found, remarks
 
+    problems, rows = Problems(), []
     with ThreadPoolExecutor(workers) as pool:
-        rows = [row for row in pool.map(score, pairs) if row is not None]
+        for row, found, remarks in pool.map(score, pairs):
+            problems.errors += found.errors
+            warnings += remarks
+            rows += [row] if row is not None else []
     problems.raise_any()
     summary = summarised(rows, [str(label) for label in classes.values()])
     table = _table(list(pairs), rows, classes)
@@ -198,6 +203,15 @@ def _pairs(predictions: Path, truth: Path, output: Path, chill: bool) -> tuple[d
     if not pairs:
         raise InputError(f"no file of {predictions} is named like one of {truth}", field="-p", fix="name them alike")
     return pairs, [f"case '{case}': {truth} has no truth for it; not scored" for case in predicted if case not in true]
+
+
+def _read_pair(prediction: Path, truth: Path) -> tuple[Volume, Volume]:
+    problems, volumes = Problems(), []
+    for path, field in ((prediction, "-p"), (truth, "-t")):
+        with problems.caught(field=field):
+            volumes.append(read_volume(path, dtype=None))
+    problems.raise_any()
+    return volumes[0], volumes[1]
 
 
 def _check_grids(case: str, predicted: Volume, reference: Volume) -> list[str]:

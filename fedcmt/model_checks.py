@@ -83,10 +83,10 @@ def _check_plans(plans: Any, configuration: str, channels: int, path: Path) -> N
         sizes, spacing = list(entry["patch_size"]), list(entry["spacing"])
         axes = [list(plans["transpose_forward"]), list(plans["transpose_backward"])]
         schemes, masks = list(entry["normalization_schemes"]), list(entry["use_mask_for_norm"])
-        statistics = [plans["foreground_intensity_properties_per_channel"][str(i)] for i in range(channels)]
+        statistics = dict(plans["foreground_intensity_properties_per_channel"])
         names = [*schemes, entry["preprocessor_name"]]
         names += [entry[key] for key in entry if key.startswith("resampling_fn_") and not key.endswith("_kwargs")]
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         fix = "restore it from its source"
         raise InputError(f"{path} is no plan of {configuration} ({error!r:.80})", fix=fix) from None
     wrong = ""
@@ -102,8 +102,8 @@ def _check_plans(plans: Any, configuration: str, channels: int, path: Path) -> N
         wrong = f"functions named {names!r:.80}"
     elif channels and not len(schemes) == len(masks) == channels:
         wrong = f"{len(schemes)} normalization_schemes, expected {channels} (one per channel)"
-    elif not all(isinstance(s, dict) and all(_is_number(v) for v in s.values()) for s in statistics):
-        wrong = "intensity statistics that are no numbers"
+    elif not all(_are_statistics(statistics.get(str(channel))) for channel in range(channels)):
+        wrong = "no intensity statistics of some channel"
     if wrong:
         raise InputError(f"{path} has {wrong}", fix="restore it from its source")
 
@@ -130,6 +130,10 @@ def _bounded(value: Any, depth: int = 0) -> bool:
         entries = list(value.values()) if isinstance(value, dict) else value
         return depth < _DEEPEST and len(entries) <= _LONGEST and all(_bounded(entry, depth + 1) for entry in entries)
     return not isinstance(value, (int, float)) or abs(value) <= _LARGEST
+
+
+def _are_statistics(value: Any) -> bool:
+    return isinstance(value, dict) and all(_is_number(number) for number in value.values())
 
 
 def _is_count(value: Any) -> bool:
