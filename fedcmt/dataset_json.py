@@ -20,6 +20,8 @@ DATASET_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")
 _REQUIRED = ("channel_names", "labels", "numTraining", "file_ending")
 # nnU-Net reads the normalisation from these channel names, so several channels may carry the same one.
 _NORMALISATION_NAMES = {"ct", "nonorm", "zscore", "rescale_to_0_1", "rgb_to_0_1"}
+# Those of nnU-Net's readers that give the voxels as they are stored; "None" is nnU-Net's word for its own choice.
+_READERS = ("SimpleITKIO", "NibabelIO", "None")
 _MAX_JSON_BYTES = 64 * 2**20
 
 
@@ -89,6 +91,11 @@ def parse_dataset_json(raw: dict[str, Any], problems: Problems) -> DatasetJson:
     if "file_ending" in raw:
         with problems.caught():
             file_ending = _file_ending(raw["file_ending"])
+    reader = raw.get("overwrite_image_reader_writer", "None")
+    if not isinstance(reader, str) or reader not in _READERS:
+        reason = f"found {str(reader)[:60]!r}, expected {' or '.join(_READERS[:2])}"
+        fix = "leave it out; images are trained and predicted in the orientation they are stored in"
+        problems.add(InputError(reason, field="overwrite_image_reader_writer", fix=fix))
     if "numTraining" in raw:
         with problems.caught():
             num_training = _whole_number(raw["numTraining"], "numTraining")

@@ -55,6 +55,12 @@ def test_several_channels_may_share_a_normalisation_name(folder: Path) -> None:
     assert load(folder).channel_names == ("CT", "CT")
 
 
+def test_nnunets_readers_may_be_named(folder: Path) -> None:
+    for reader in ("SimpleITKIO", "NibabelIO", "None"):
+        edit(folder, overwrite_image_reader_writer=reader)
+        assert load(folder).dataset_json["overwrite_image_reader_writer"] == reader
+
+
 def test_file_list(folder: Path) -> None:
     (folder / "scans").mkdir()
     for path in [*(folder / "imagesTr").iterdir(), *(folder / "labelsTr").iterdir()]:
@@ -138,6 +144,8 @@ JSON_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "ending unknown": ({"file_ending": ".png"}, "file_ending"),
     "ending without dot": ({"file_ending": "nii.gz"}, "file_ending"),
     "ending list": ({"file_ending": [".nii.gz"]}, "file_ending"),
+    "reader that turns": ({"overwrite_image_reader_writer": "NibabelIOWithReorient"}, "overwrite_image_reader_writer"),
+    "reader unknown": ({"overwrite_image_reader_writer": {}}, "overwrite_image_reader_writer"),
     "classes null": ({"classification_labels": []}, "classification_labels"),
     "classes text": ({"classification_labels": "healthy"}, "classification_labels"),
     "class gap": ({"classification_labels": {"healthy": 0, "tumour": 2}}, "classification_labels"),
