@@ -28,6 +28,13 @@ NIFTI_ENDINGS = (".nii.gz", ".nii")
 SIMPLEITK_ENDINGS = (".nrrd", ".nhdr", ".mha", ".mhd")
 READABLE_ENDINGS = NIFTI_ENDINGS + SIMPLEITK_ENDINGS
 
+_META_HEADER_BYTES = 64 * 1024
+_META_SYNONYMS = {
+    "Position": "Offset",
+    "Origin": "Offset",
+    "Rotation": "TransformMatrix",
+    "Orientation": "TransformMatrix",
+}
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _ITK_DTYPES = {
     sitk.sitkUInt8: np.uint8, sitk.sitkInt8: np.int8, sitk.sitkUInt16: np.uint16, sitk.sitkInt16: np.int16,
@@ -260,6 +267,8 @@ def _read_nifti_volume(path: Path) -> Volume:
 def _read_itk(path: Path) -> Volume:
     if path.stat().st_size == 0:
         raise InputError(f"{path.name} is empty (0 bytes)", fix="restore the file from its source")
+    if has_ending(path, (".mha", ".mhd")):
+        _check_meta_header(path)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
@@ -283,6 +292,43 @@ def _read_itk(path: Path) -> Volume:
     check_affine(affine, spacing, path)
     depth, height, width = (float(value) for value in spacing[::-1])
     return Volume(sitk.GetArrayFromImage(image)[None], (depth, height, width), affine)
+
+
+def _check_meta_header(path: Path) -> None:
+    """Refuses what makes ITK's MetaImage reader write outside its memory: it believes every count in the header."""
+    with path.open("rb") as file:
+        text = file.read(_META_HEADER_BYTES).decode("latin-1")
+    head, mark, rest = text.partition("ElementDataFile")
+    fields: dict[str, list[str]] = {}
+    for line in head.splitlines():
+        key, _, value = line.partition("=")
+        fields[key.strip()] = value.split()
+    numbers = {"NDims": 1, "DimSize": 3, "ElementSpacing": 3, "Offset": 3, "TransformMatrix": 9}
+    fields = {_META_SYNONYMS.get(key, key): values for key, values in fields.items()}
+    if fields.get("NDims") == ["4"]:  # one more axis of length 1 may follow
+        numbers |= {"DimSize": 4, "ElementSpacing": 4, "Offset": 4, "TransformMatrix": 16}
+    wrong = [key for key, count in numbers.items() if key in fields and not _are_numbers(fields[key], count)]
+    for key in ("NDims", "DimSize", "ElementType"):
+        if not fields.get(key):
+            wrong.append(key)
+    if fields.get("NDims") not in (["3"], ["4"]):
+        raise InputError(
+            f"{path.name} has {' '.join(fields.get('NDims', ['no']))[:40]} dimensions, expected 3",
+            field="NDims",
+            fix="write one 3D file per channel or time point",
+        )
+    if wrong or not mark or not rest.strip(" =").split("\n")[0].strip():
+        field = wrong[0] if wrong else "ElementDataFile"
+        raise InputError(f"the header of {path.name} is damaged", field=field, fix="restore it from its source")
+    if has_ending(path, (".mha",)) and rest.strip(" =").split("\n")[0].strip() != "LOCAL":
+        raise InputError(f"{path.name} does not hold its own voxels", field="ElementDataFile", fix="name it .mhd")
+
+
+def _are_numbers(values: Sequence[str], count: int) -> bool:
+    try:
+        return len(values) == count and all(math.isfinite(float(value)) for value in values)
+    except ValueError:
+        return False
 
 
 def _itk_size(reader: sitk.ImageFileReader, path: Path) -> tuple[int, ...]:

@@ -143,3 +143,20 @@ def test_several_errors_behave_as_one() -> None:
 def test_nothing_to_check_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check"]) == 2
     assert "nothing to check" in capsys.readouterr().err
+
+
+def test_a_run_names_the_mistakes_of_all_clients_and_writes_nothing(
+    raw_datasets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = federation(raw_datasets, tmp_path / "preprocessed", tmp_path / "w")
+    settings["clients"][1]["dataset"] = 899
+    settings["clients"][3]["channels"] = 3
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    for command in (["run", str(path)], ["preprocess", "--config", str(path)]):
+        assert main(command) == 2
+        count, *lines = capsys.readouterr().err.strip().splitlines()
+        assert count == "error: 2 problems:"
+        assert lines[0].startswith("  client 'ct_regions', field 'dataset': 899 is not in")
+        assert lines[1].startswith("  client 'mr_class', field 'channels': expected 3 channels")
+        assert [entry.name for entry in tmp_path.iterdir()] == ["config.yaml"]

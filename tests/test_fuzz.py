@@ -15,6 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from dicom_series import hounsfield, write_series
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from organs_dataset import REGIONS, edit, load, make_classification
@@ -139,6 +140,25 @@ def test_text_headers(tmp_path: Path, form: str, line: int, words: list[str]) ->
     (tmp_path / form).write_bytes("\n".join(lines).encode() + bytes(16))
     with only_input_errors():
         assert read_volume(tmp_path / form).data.ndim == 4
+
+
+@pytest.fixture(scope="module")
+def series(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("dicom")
+    return {path.name: path.read_bytes() for path in write_series(folder, hounsfield((3, 4, 5)))}
+
+
+@given(changes=edits(1100), length=st.one_of(st.none(), st.integers(0, 1200)), which=st.integers(0, 2))
+@QUICK
+def test_dicom_slices(
+    series: dict[str, bytes], tmp_path: Path, changes: list[tuple[int, bytes]], length: int | None, which: int
+) -> None:
+    for index, (name, content) in enumerate(series.items()):
+        (tmp_path / name).write_bytes(changed(content, changes, length) if index == which else content)
+    with only_input_errors():
+        volume = read_volume(tmp_path)
+        assert np.isfinite(volume.data).all()
+        assert min(volume.spacing) > 0
 
 
 def places(document: Any) -> list[list[Any]]:
