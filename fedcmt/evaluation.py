@@ -54,37 +54,38 @@ def evaluate_segmentations(
         raise InputError(f"{output.name} does not end with .json", field="-o", fix="name a .json file")
     description = _description(dataset_json, predictions, truth)
     classes = scored_classes(description.labels)
-    pairs, warnings = _pairs(predictions, truth, output, chill)
-
-    def score(case: str) -> tuple[dict[str, Any] | None, Problems, list[str]]:
-        found, remarks = Problems(), []
-        with found.caught(case=case):
-            predicted, reference = _read_pair(*pairs[case])
-            remarks = _check_grids(case, predicted, reference)
-            metrics = case_metrics(
-                predicted.data[0], reference.data[0], classes, description.ignore_label, reference.spacing
-            )
-            row = {
-                "reference_file": str(pairs[case][1]),
-                "prediction_file": str(pairs[case][0]),
-                "metrics": {str(classes[name]): values for name, values in metrics.items()},
-            }
-            return row, found, remarks
-        return None, found, remarks
-
+    pairs, warnings = _pairs(predictions, truth, chill)
     problems, rows = Problems(), []
     with ThreadPoolExecutor(workers) as pool:
-        for row, found, remarks in pool.map(score, pairs):
+        scored = pool.map(lambda case: _scored(case, *pairs[case], classes, description.ignore_label), pairs)
+        for row, found, remarks in scored:
             problems.errors += found.errors
             warnings += remarks
             rows += [row] if row is not None else []
     problems.raise_any()
     summary = summarised(rows, [str(label) for label in classes.values()])
-    table = _table(list(pairs), rows, classes)
     # NaN as nnU-Net writes it and its tools read it, though it is no strict JSON.
     write_text(output, json.dumps(summary, indent=4, sort_keys=True) + "\n")
-    write_text(output.with_suffix(".csv"), table)
+    write_text(output.with_suffix(".csv"), _table(list(pairs), rows, classes))
     return summary, classes, warnings
+
+
+def _scored(
+    case: str, prediction: Path, truth: Path, classes: Mapping[str, Label], ignore_label: int | None
+) -> tuple[dict[str, Any] | None, Problems, list[str]]:
+    """An entry of ``metric_per_case``, what is wrong with the case, and warnings."""
+    problems, remarks = Problems(), []
+    with problems.caught(case=case):
+        predicted, reference = _read_pair(prediction, truth)
+        remarks = _check_grids(case, predicted, reference)
+        metrics = case_metrics(predicted.data[0], reference.data[0], classes, ignore_label, reference.spacing)
+        row = {
+            "reference_file": str(truth),
+            "prediction_file": str(prediction),
+            "metrics": {str(classes[name]): values for name, values in metrics.items()},
+        }
+        return row, problems, remarks
+    return None, problems, remarks
 
 
 def scored_classes(labels: Mapping[str, Label]) -> dict[str, Label]:
@@ -190,7 +191,7 @@ def _maps(folder: Path, field: str) -> dict[str, Path]:
     return found
 
 
-def _pairs(predictions: Path, truth: Path, output: Path, chill: bool) -> tuple[dict[str, tuple[Path, Path]], list[str]]:
+def _pairs(predictions: Path, truth: Path, chill: bool) -> tuple[dict[str, tuple[Path, Path]], list[str]]:
     predicted, true = _maps(predictions, "-p"), _maps(truth, "-t")
     missing = [case for case in true if case not in predicted]
     if missing and not chill:
