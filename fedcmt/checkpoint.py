@@ -18,9 +18,12 @@ import torch
 
 from fedcmt.errors import InputError
 from fedcmt.files import copy_into, read_json, read_tensors, write_bytes, write_json, write_text
+from fedcmt.model_checks import check_model, check_topology
 from fedcmt.network import build_network
-from fedcmt.preprocessing import configuration_name
+from fedcmt.preprocessing import CONFIGURATION, configuration_name
+from fedcmt.topology import contract_digest
 
+CROSS_FILE = "cross_evaluation.json"
 _STATE = re.compile(r"round-(\d{4,})\.safetensors")
 _KEPT_ROUNDS = 2  # should the newest be damaged, the one before still stands
 
@@ -112,6 +115,11 @@ class Workspace:
         return self.path / "results.json"
 
     @property
+    def cross_evaluation(self) -> Path:
+        """Scores of every model on every test set."""
+        return self.path / CROSS_FILE
+
+    @property
     def tensorboard(self) -> Path:
         """Event files."""
         return self.path / "tensorboard"
@@ -156,7 +164,9 @@ class Workspace:
         """Delete what a run left here, and nothing else."""
         for folder in ("server", "clients", "predictions", "tensorboard"):
             shutil.rmtree(self.path / folder, ignore_errors=True)
-        for path in (self.config, self.contract, self.metrics, self.results, self.path / "report.html"):
+        for path in (
+            self.config, self.contract, self.metrics, self.results, self.path / "report.html", self.cross_evaluation
+        ):  # fmt: skip
             path.unlink(missing_ok=True)
 
     def committed_rounds(self, first_rounds: Mapping[str, int]) -> list[int]:
@@ -224,11 +234,20 @@ def load_model(folder: ClientFolder) -> tuple[torch.nn.Module, dict[str, Any], d
         InputError: A file is missing, damaged or does not fit the others.
     """
     plans, dataset_json, facts = (read_json(path) for path in (folder.plans, folder.dataset_json, folder.facts))
-    tensors, _ = read_tensors(folder.best)
+    tensors, stored = read_tensors(folder.best)
+    files = {"plans": folder.plans, "dataset_json": folder.dataset_json, "facts": folder.facts, "weights": folder.best}
     try:
-        architecture = plans["configurations"][configuration_name(plans)]["architecture"]
+        configuration = configuration_name(plans)
+    except (LookupError, TypeError, StopIteration):
+        configuration = CONFIGURATION  # the check says that it is not there
+    check_model(files, plans, dataset_json, facts, configuration, tensors)
+    try:
+        architecture = plans["configurations"][configuration]["architecture"]
+        check_topology(stored.get("topology"), contract_digest(architecture), folder.best)
         network = build_network(architecture, len(dataset_json["channel_names"]), facts["num_heads"])
-    except (KeyError, TypeError, ValueError) as error:
+    except InputError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
         raise InputError(f"{folder.plans} describes no FedCMT network ({error})", field="plans") from None
     named = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     copy_into({name: tensor.data for name, tensor in named.items()}, tensors, source=folder.best)

@@ -73,6 +73,22 @@ def _preprocess_datasets(options: argparse.Namespace) -> None:
         print(f"{dataset.name}: {_described(plan)}")
 
 
+def check(options: argparse.Namespace) -> None:
+    """Look for everything that is wrong with datasets, and change nothing."""
+    from fedcmt.checks import check_datasets, check_federation
+
+    if not options.config and not options.datasets:
+        raise InputError(
+            "nothing to check", field="-d", fix="name datasets with -d ID ... or a federation with --config"
+        )
+    if options.config:
+        lines = check_federation(load_config(options.config))
+    else:
+        lines = check_datasets(_folder(options.raw, "raw"), options.datasets)
+    for line in lines:
+        print(line, flush=True)
+
+
 def _folder(given: Path | None, which: str) -> Path:
     import os
 
@@ -92,6 +108,55 @@ def _described(plan: Any) -> str:
         f"{plan.task}, {len(plan.dataset.train)} cases, spacing {[round(s, 3) for s in configuration.spacing]} mm, "
         f"patch {list(configuration.patch_size)}, batch {configuration.batch_size} -> {plan.folder}"
     )
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Score predictions against the truth, in nnU-Net's summary.json form and as CSV."""
+    from fedcmt.evaluation_classes import CLASS_FILE, PREDICTIONS_FILE, evaluate_classes, table_at
+
+    predicted = table_at(options.predictions, PREDICTIONS_FILE)
+    folder = options.predictions if options.predictions.is_dir() else options.predictions.parent
+    output = options.output or folder / "summary.json"
+    if predicted is not None:
+        truth = table_at(options.truth, CLASS_FILE)
+        if truth is None:
+            raise InputError(f"{options.truth} has no {CLASS_FILE}", field="-t", fix="name the table of true classes")
+        summary = evaluate_classes(predicted, truth, output, chill=options.chill)
+        for name, value in summary["mean"].items():
+            print(f"{name}: " + ("undefined" if value is None else f"{value:.4f}"))
+    else:
+        _evaluate_segmentations(options, output)
+    print(f"{output}, {output.with_suffix('.csv')}")
+
+
+def _evaluate_segmentations(options: argparse.Namespace, output: Path) -> None:
+    from fedcmt.evaluation import evaluate_segmentations
+
+    summary, classes, warnings = evaluate_segmentations(
+        options.predictions,
+        options.truth,
+        output,
+        dataset_json=options.dataset_json,
+        chill=options.chill,
+        workers=options.workers,
+    )
+    for warning in warnings:
+        print(f"warning: {warning}")
+    means = {name: summary["mean"][str(label)] for name, label in classes.items()}
+    for name, mean in (means | {"mean over classes": summary["foreground_mean"]}).items():
+        print(f"{name}: Dice {mean['Dice']:.4f}, ASSD {mean['ASSD']:.3f} mm, HD95 {mean['HD95']:.3f} mm")
+
+
+def cross_evaluate(options: argparse.Namespace) -> None:
+    """Score every client's model on every other client's test set where tasks and channels agree."""
+    from fedcmt import cross_site
+    from fedcmt.report import write_report
+
+    content = cross_site.cross_evaluate(options.workspace, raw=options.raw, device=options.device)
+    print(
+        f"{len(content['pairs'])} pairs scored, {len(content['left_out'])} left out: tasks, channels or labels differ"
+    )
+    print(write_report(options.workspace))
 
 
 def report(options: argparse.Namespace) -> None:
@@ -176,11 +241,17 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(function: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
         text = (function.__doc__ or "").strip().rstrip(".")
-        added = commands.add_parser(function.__name__, help=text[:1].lower() + text[1:], description=function.__doc__)
+        added = commands.add_parser(
+            function.__name__.replace("_", "-"), help=text[:1].lower() + text[1:], description=function.__doc__
+        )
         added.set_defaults(function=function)
         return added
 
     add_run_arguments(command(run))
+    checking = command(check)
+    checking.add_argument("-d", "--datasets", nargs="+", metavar="ID", help="numbers or names of raw datasets")
+    checking.add_argument("--config", type=Path, help="check the datasets and settings of this federation's clients")
+    checking.add_argument("--raw", type=Path, help="folder of raw datasets (default $nnUNet_raw)")
     preparing = command(preprocess)
     preparing.add_argument("-d", "--datasets", nargs="+", metavar="ID", help="numbers or names of raw datasets")
     preparing.add_argument("--config", type=Path, help="preprocess for the clients of this federation instead")
@@ -189,6 +260,17 @@ def _parser() -> argparse.ArgumentParser:
     preparing.add_argument("--spacing", nargs=3, type=float, metavar=("Z", "Y", "X"), help="target spacing in mm")
     preparing.add_argument("--workers", type=int, default=2, help="threads (default 2)")
     _add_compare_arguments(command(compare))
+    evaluating = command(evaluate)
+    evaluating.add_argument("-p", "--predictions", type=Path, required=True, help="label maps, or predictions.csv")
+    evaluating.add_argument("-t", "--truth", type=Path, required=True, help="true label maps, or cls_data.csv")
+    evaluating.add_argument("--dataset-json", type=Path, metavar="FILE", help="says the labels (default: looked for)")
+    evaluating.add_argument("-o", "--output", type=Path, metavar="FILE", help="default PREDICTIONS/summary.json")
+    evaluating.add_argument("--chill", action="store_true", help="do not mind cases without a prediction")
+    evaluating.add_argument("--workers", type=int, default=2, help="threads (default 2)")
+    crossing = command(cross_evaluate)
+    crossing.add_argument("workspace", type=Path, metavar="DIR")
+    crossing.add_argument("--raw", type=Path, help="folder of raw datasets (default: as in the config)")
+    crossing.add_argument("--device", default="auto", help="auto, cpu or cuda[:i] (default auto)")
     command(report).add_argument("workspace", type=Path, metavar="DIR")
     exporting = command(export)
     exporting.add_argument("workspace", type=Path, metavar="DIR")

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from fedcmt.dataset_cases import Case, list_cases, read_classes
 from fedcmt.dataset_json import Label, read_dataset_json
-from fedcmt.errors import InputError
-from fedcmt.volume import Volume, geometry_difference, read_volume
+from fedcmt.errors import InputError, Problems
+from fedcmt.volume import Volume, axis_codes, geometry_difference, read_volume
 
-__all__ = ["Case", "RawDataset", "check_images", "find_dataset", "load_dataset"]
+__all__ = [
+    "Case", "ImageFindings", "RawDataset", "check_images", "find_dataset", "image_warnings", "inspect_dataset",
+    "inspect_images", "load_dataset",
+]  # fmt: skip
 
 # Below this many voxels along an axis a patch is mostly padding.
 _SMALL_EXTENT = 8
@@ -114,29 +118,68 @@ def load_dataset(raw: Path, dataset: int | str, *, client: str | None = None) ->
         client: named in errors.
 
     Raises:
-        InputError: anything is missing, malformed or contradictory.
+        InputError: anything is missing, malformed or contradictory; all of it at once.
     """
-    folder = find_dataset(raw, dataset, client=client)
-    try:
-        description = read_dataset_json(folder / "dataset.json")
-        train, test = list_cases(folder, description)
-        class_names, case_class = read_classes(folder, description, train, test)
-    except InputError as error:
-        raise error.located(client=client) from None
-    return RawDataset(
-        name=folder.name,
-        folder=folder,
-        channel_names=description.channel_names,
-        file_ending=description.file_ending,
-        labels=description.labels,
-        regions_class_order=description.regions_class_order,
-        ignore_label=description.ignore_label,
-        train=train,
-        test=test,
-        class_names=class_names,
-        case_class=case_class,
-        dataset_json=description.raw,
-    )
+    problems = Problems()
+    found = inspect_dataset(raw, dataset, problems, client=client)
+    problems.raise_any()
+    return cast(RawDataset, found)  # None only with a problem on record
+
+
+def inspect_dataset(
+    raw: Path, dataset: int | str, problems: Problems, *, client: str | None = None
+) -> RawDataset | None:
+    """Reads a dataset as ``load_dataset`` does, and goes on after a problem.
+
+    Args:
+        raw: nnU-Net's raw folder.
+        dataset: number or name, as for ``find_dataset``.
+        problems: takes everything that is missing, malformed or contradictory.
+        client: named in errors.
+
+    Returns:
+        What could be read, fit for ``inspect_images`` only where there are problems; None where there is no dataset.
+    """
+    own = Problems()
+    found = None
+    with own.caught():
+        folder = find_dataset(raw, dataset)
+        description = read_dataset_json(folder / "dataset.json", own)
+        train, test = list_cases(folder, description, own)
+        class_names: tuple[str, ...] | None = None
+        case_class: dict[str, int] = {}
+        with own.caught():
+            class_names, case_class = read_classes(folder, description, train, test, own)
+        found = RawDataset(
+            name=folder.name,
+            folder=folder,
+            channel_names=description.channel_names,
+            file_ending=description.file_ending,
+            labels=description.labels,
+            regions_class_order=description.regions_class_order,
+            ignore_label=description.ignore_label,
+            train=train,
+            test=test,
+            class_names=class_names,
+            case_class=case_class,
+            dataset_json=description.raw,
+        )
+    for error in own.errors:
+        problems.add(error.located(client=client))
+    return found
+
+
+@dataclass(frozen=True)
+class ImageFindings:
+    """What the images of a dataset look like.
+
+    Attributes:
+        warnings: one line for each thing that is odd but can be trained on.
+        orientations: axis codes such as ``RAS`` -> number of training cases stored that way.
+    """
+
+    warnings: list[str]
+    orientations: dict[str, int]
 
 
 def check_images(dataset: RawDataset, *, client: str | None = None) -> list[str]:
@@ -147,31 +190,51 @@ def check_images(dataset: RawDataset, *, client: str | None = None) -> list[str]
         client: named in errors and warnings.
 
     Returns:
-        One line for each thing that is odd but can be trained on: a constant image, a label map without
-        foreground, a very small image, two cases with the same voxels in one set.
+        The warnings of ``ImageFindings``.
 
     Raises:
         InputError: a file is damaged, a label map lies on another grid than its image or holds values that
-            dataset.json does not name, or the same image is in the training and the test set.
+            dataset.json does not name, or the same image is in the training and the test set; all of it at once.
     """
+    problems = Problems()
+    findings = inspect_images(dataset, problems, client=client)
+    problems.raise_any()
+    return findings.warnings
+
+
+def inspect_images(dataset: RawDataset, problems: Problems, *, client: str | None = None) -> ImageFindings:
+    """Checks images as ``check_images`` does, and goes on after a problem."""
     warnings: list[str] = []
+    codes: Counter[str] = Counter()
     seen: dict[str, tuple[str, str]] = {}
-    sets = [("train", case) for case in dataset.train.values()] + [("test", case) for case in dataset.test.values()]
+    sets = [("training", case) for case in dataset.train.values()]
+    sets += [("test", case) for case in dataset.test.values()]
     for split, case in sets:
-        try:
-            image = read_volume(case.images)
-            found = [*_image_warnings(image, dataset), *_check_label(case, image, dataset)]
-            digest = _digest(image)
-            earlier_split, earlier = seen.setdefault(digest, (split, case.identifier))
-            if earlier_split != split:
-                reason = f"its image is the same as that of training case '{earlier}'"
-                raise InputError(reason, field="images", fix="keep it in one of the two sets")
-        except InputError as error:
-            raise error.located(client=client, case=case.identifier) from None
-        if earlier != case.identifier:
-            found.append(f"its image is the same as that of case '{earlier}'")
+        image, found = None, []
+        with problems.caught(client=client, case=case.identifier, field="images"):
+            image = read_volume(case.images) if case.images else None
+        with problems.caught(client=client, case=case.identifier, field="labels"):
+            found += _check_label(case, image, dataset)
+        if image is not None:
+            found[:0] = image_warnings(image, dataset.channel_names)
+            codes[axis_codes(image.affine)] += split == "training"
+            with problems.caught(client=client, case=case.identifier):
+                found += _same_image(image, split, case.identifier, seen)
         warnings += [str(InputError(text, client=client, case=case.identifier)) for text in found]
-    return warnings
+    orientations = {code: number for code, number in codes.most_common() if number}
+    if len(orientations) > 1:
+        stored = ", ".join(f"{code} ({number})" for code, number in orientations.items())
+        text = f"training cases are stored in different orientations: {stored}; the model sees them as they are stored"
+        warnings.append(str(InputError(text, client=client)))
+    return ImageFindings(warnings, orientations)
+
+
+def _same_image(image: Volume, split: str, identifier: str, seen: dict[str, tuple[str, str]]) -> list[str]:
+    earlier_split, earlier = seen.setdefault(_digest(image), (split, identifier))
+    if earlier_split != split:
+        reason = f"its image is the same as that of {earlier_split} case '{earlier}'"
+        raise InputError(reason, field="images", fix="keep it in one of the two sets")
+    return [] if earlier == identifier else [f"its image is the same as that of case '{earlier}'"]
 
 
 def _digest(image: Volume) -> str:
@@ -180,37 +243,37 @@ def _digest(image: Volume) -> str:
     return digest.hexdigest()
 
 
-def _image_warnings(image: Volume, dataset: RawDataset) -> Iterator[str]:
-    for name, channel in zip(dataset.channel_names, image.data, strict=True):
+def image_warnings(image: Volume, channel_names: Sequence[str]) -> Iterator[str]:
+    """What is odd about an image ``[C, D, H, W]`` but can be worked with: constant channels, very few voxels."""
+    names = channel_names if len(channel_names) == len(image.data) else [str(i) for i in range(len(image.data))]
+    for name, channel in zip(names, image.data, strict=True):
         if channel.min() == channel.max():
             yield f"channel '{name}' is constant ({channel.flat[0]:g})"
     if min(image.data.shape[1:]) < _SMALL_EXTENT:
         yield f"the image is only {image.data.shape[1:]} voxels (D, H, W); patches will be padded"
 
 
-def _check_label(case: Case, image: Volume, dataset: RawDataset) -> list[str]:
-    """Checks a case's label map and returns warnings about it."""
+def _check_label(case: Case, image: Volume | None, dataset: RawDataset) -> list[str]:
+    """Checks a case's label map and returns warnings about it; all problems are raised at once."""
     if case.label is None:
         return []
-    label = read_volume(case.label, dtype=None)
-    difference = geometry_difference(image, label)
+    label, problems = read_volume(case.label, dtype=None), Problems()
+    difference = None if image is None else geometry_difference(image, label)
     if difference is not None:
         field, text = difference
         reason = f"label map {case.label.name} does not lie on its image: {text}"
-        raise InputError(reason, field=field, fix="resample the label map onto the image's grid")
+        problems.add(InputError(reason, field=field, fix="resample the label map onto the image's grid"))
     values = np.unique(label.data)
     fractional = values[values != np.round(values)]
+    unknown = [value for value in values.tolist() if value not in dataset.label_values and value == round(value)]
     if fractional.size:
         reason = f"label map {case.label.name} holds {fractional[0]:g}, expected whole numbers"
-        raise InputError(reason, field="labels", fix="save the map with nearest-neighbour resampling")
-    unknown = [value for value in values.tolist() if value not in dataset.label_values]
-    if unknown:
-        raise InputError(
-            f"label map {case.label.name} holds {_shortened(unknown)}, dataset.json names "
-            f"{_shortened(sorted(dataset.label_values))}",
-            field="labels",
-            fix="name the label in dataset.json or correct the map",
-        )
+        problems.add(InputError(reason, field="labels", fix="save the map with nearest-neighbour resampling"))
+    if unknown and dataset.labels:  # without labels their own problem is on record
+        known = _shortened(sorted(dataset.label_values))
+        reason = f"label map {case.label.name} holds {_shortened(unknown)}, dataset.json names {known}"
+        problems.add(InputError(reason, field="labels", fix="name the label in dataset.json or correct the map"))
+    problems.raise_any()
     if not any(value not in (0, dataset.ignore_label) for value in values):
         return [f"label map {case.label.name} is all background"]
     return []

@@ -6,10 +6,11 @@ import difflib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
-from fedcmt.errors import InputError
+from fedcmt.dataset_files import MAX_NAME_LENGTH, CaseFiles, kind_of, read_file_list
+from fedcmt.errors import InputError, Problems
 
 Label = int | tuple[int, ...]
 
@@ -19,30 +20,25 @@ DATASET_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")
 _REQUIRED = ("channel_names", "labels", "numTraining", "file_ending")
 # nnU-Net reads the normalisation from these channel names, so several channels may carry the same one.
 _NORMALISATION_NAMES = {"ct", "nonorm", "zscore", "rescale_to_0_1", "rgb_to_0_1"}
+# Those of nnU-Net's readers that give the voxels as they are stored; "None" is nnU-Net's word for its own choice.
+_READERS = ("SimpleITKIO", "NibabelIO", "None")
 _MAX_JSON_BYTES = 64 * 2**20
-_MAX_NAME_LENGTH = 200
-
-
-@dataclass(frozen=True)
-class CaseFiles:
-    """One entry of the optional file list ``dataset``; paths are relative to the dataset's folder."""
-
-    images: tuple[str, ...]
-    label: str | None
 
 
 @dataclass(frozen=True)
 class DatasetJson:
     """The checked content of a ``dataset.json``.
 
+    What the file says wrongly is empty or None here, and a problem on record, so that the rest can be checked.
+
     Attributes:
         raw: the document as read.
-        channel_names: by channel number.
-        file_ending: of images and labels, with the dot.
-        labels: name to label, or to the labels of a region; with background and ignore.
+        channel_names: by channel number; empty where unknown.
+        file_ending: of images and labels, with the dot; empty where unknown.
+        labels: name to label, or to the labels of a region; with background and ignore; empty where unknown.
         regions_class_order: the label that each region is written as; None without regions.
         ignore_label: the label left out of training and scoring, if there is one.
-        num_training: number of training cases the file claims.
+        num_training: number of training cases the file claims; None where unknown.
         class_names: classes in the order of their ids, where the file lists them.
         is_classification: whether the file says that the dataset is a classification task.
         file_list: case identifier to files, where the file lists them.
@@ -54,7 +50,7 @@ class DatasetJson:
     labels: dict[str, Label]
     regions_class_order: tuple[int, ...] | None
     ignore_label: int | None
-    num_training: int
+    num_training: int | None
     class_names: tuple[str, ...] | None
     is_classification: bool
     file_list: dict[str, CaseFiles] | None
@@ -65,50 +61,62 @@ class DatasetJson:
         return frozenset(value for label in self.labels.values() for value in _as_values(label))
 
 
-def read_dataset_json(path: Path) -> DatasetJson:
+def read_dataset_json(path: Path, problems: Problems) -> DatasetJson:
     """Reads and checks a ``dataset.json``.
 
+    Args:
+        path: the file.
+        problems: takes every key that is missing, malformed or contradictory.
+
     Raises:
-        InputError: the file is missing, is no JSON, lacks a key, or says something contradictory.
+        InputError: the file is missing or is no JSON object.
     """
-    raw = _read_json(path)
+    return parse_dataset_json(_read_json(path), problems)
+
+
+def parse_dataset_json(raw: dict[str, Any], problems: Problems) -> DatasetJson:
+    """Checks the content of a ``dataset.json``; see :func:`read_dataset_json`."""
     is_classification = "classification_labels" in raw or raw.get("is_classification_dataset") is True
     if is_classification and "labels" not in raw:
         raw = {**raw, "labels": {"background": 0}}
-    _check_keys(raw)
-    channel_names = _channel_names(raw["channel_names"])
-    labels = _labels(raw["labels"])
-    ignore_label = _ignore_label(labels)
-    _check_label_values(labels)
-    file_ending = _file_ending(raw["file_ending"])
+    _check_keys(raw, problems)
+    channel_names: tuple[str, ...] = ()
+    file_ending, num_training = "", None
+    class_names: tuple[str, ...] | None = None
+    file_list: dict[str, CaseFiles] | None = None
+    if "channel_names" in raw:
+        with problems.caught():
+            channel_names = _channel_names(raw["channel_names"])
+    labels, ignore_label, regions_class_order = _checked_labels(raw, problems)
+    if "file_ending" in raw:
+        with problems.caught():
+            file_ending = _file_ending(raw["file_ending"])
+    reader = raw.get("overwrite_image_reader_writer", "None")
+    if not isinstance(reader, str) or reader not in _READERS:
+        reason = f"found {str(reader)[:60]!r}, expected {' or '.join(_READERS[:2])}"
+        fix = "leave it out; images are trained and predicted in the orientation they are stored in"
+        problems.add(InputError(reason, field="overwrite_image_reader_writer", fix=fix))
+    if "numTraining" in raw:
+        with problems.caught():
+            num_training = _whole_number(raw["numTraining"], "numTraining")
+    if "classification_labels" in raw:
+        with problems.caught():
+            class_names = _class_names(raw["classification_labels"])
+    if "dataset" in raw:
+        with problems.caught():
+            file_list = read_file_list(raw["dataset"], len(channel_names), file_ending, problems)
     return DatasetJson(
         raw=raw,
         channel_names=channel_names,
         file_ending=file_ending,
         labels=labels,
-        regions_class_order=_regions_class_order(raw, labels),
+        regions_class_order=regions_class_order,
         ignore_label=ignore_label,
-        num_training=_whole_number(raw["numTraining"], "numTraining"),
-        class_names=_class_names(raw["classification_labels"]) if "classification_labels" in raw else None,
+        num_training=num_training,
+        class_names=class_names,
         is_classification=is_classification,
-        file_list=_file_list(raw["dataset"], len(channel_names), file_ending) if "dataset" in raw else None,
+        file_list=file_list,
     )
-
-
-def check_identifier(identifier: str) -> None:
-    """Refuses a case identifier that could not be, or should not be, part of a file name.
-
-    Raises:
-        InputError: it is empty, too long, hidden, or holds a path separator or control characters.
-    """
-    allowed = identifier.isprintable() and not set(identifier) & set("/\\:$~")
-    if not allowed or not 0 < len(identifier) <= _MAX_NAME_LENGTH or identifier.startswith("."):
-        shown = identifier if len(identifier) <= 40 else f"{identifier[:40]}..."
-        raise InputError(
-            f"'{shown}' cannot be a case identifier",
-            field="identifier",
-            fix=f"use 1 to {_MAX_NAME_LENGTH} letters, digits, '_', '-' or '.', not starting with '.'",
-        )
 
 
 def closest(name: str, candidates: Iterable[str]) -> str | None:
@@ -129,7 +137,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         reason = f"{path.name} cannot be read as JSON ({error})"
         raise InputError(reason, field="dataset.json", fix="correct the file") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path.name} holds {_kind(content)}, expected an object", field="dataset.json")
+        raise InputError(f"{path.name} holds {kind_of(content)}, expected an object", field="dataset.json")
     return content
 
 
@@ -142,18 +150,22 @@ def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def _check_keys(raw: dict[str, Any]) -> None:
+def _check_keys(raw: dict[str, Any], problems: Problems) -> None:
     for key in _REQUIRED:
         if key not in raw:
-            similar = "modality" if key == "channel_names" and "modality" in raw else closest(key, raw)
+            unused = [name for name in raw if name not in _REQUIRED]
+            similar = "modality" if key == "channel_names" and "modality" in raw else closest(key, unused)
             fix = f"rename '{similar}' to '{key}'" if similar else f"add '{key}' as nnU-Net v2 asks for it"
-            raise InputError(f"dataset.json has no '{key}'", field=key, fix=fix)
+            problems.add(InputError(f"dataset.json has no '{key}'", field=key, fix=fix))
 
 
 def _channel_names(value: Any) -> tuple[str, ...]:
     example = 'write it as {"0": "CT"}, with one key per channel'
     if not isinstance(value, dict) or not value:
-        raise InputError(f"found {_kind(value)}, expected an object", field="channel_names", fix=example)
+        found = "an empty object" if value == {} else kind_of(value)
+        raise InputError(
+            f"found {found}, expected an object with a key per channel", field="channel_names", fix=example
+        )
     expected = [str(index) for index in range(len(value))]
     if sorted(value) != sorted(expected):
         raise InputError(f"keys are {_quoted(value)}, expected {_quoted(expected)}", field="channel_names", fix=example)
@@ -165,30 +177,61 @@ def _channel_names(value: Any) -> tuple[str, ...]:
     return names
 
 
-def _labels(value: Any) -> dict[str, Label]:
+def _checked_labels(
+    raw: dict[str, Any], problems: Problems
+) -> tuple[dict[str, Label], int | None, tuple[int, ...] | None]:
+    """Returns labels, ignore label and order of the regions; labels with a problem are left out altogether."""
+    if "labels" not in raw:
+        return {}, None, None
+    before = len(problems.errors)
+    labels: dict[str, Label] = {}
+    with problems.caught():
+        labels = _labels(raw["labels"], problems)
+    # Each of these would complain about what the one before it has found already.
+    if len(problems.errors) > before:
+        return {}, None, None
+    ignore_label = None
+    with problems.caught():
+        ignore_label = _ignore_label(labels)
+        _check_label_values(labels, problems)
+    if len(problems.errors) > before:
+        return {}, None, None
+    order = None
+    with problems.caught():
+        order = _regions_class_order(raw, labels)
+    return labels, ignore_label, order
+
+
+def _labels(value: Any, problems: Problems) -> dict[str, Label]:
     example = 'write it as {"background": 0, "tumour": 1}'
     if not isinstance(value, dict):
-        raise InputError(f"found {_kind(value)}, expected an object", field="labels", fix=example)
+        raise InputError(f"found {kind_of(value)}, expected an object", field="labels", fix=example)
     labels: dict[str, Label] = {}
     for name, label in value.items():
-        _check_name(name, "labels")
         if name.isdigit() and isinstance(label, str):
             raise InputError(
                 f"'{name}' is the key and '{label}' the value", field="labels", fix=f"swap them: {example}"
             )
-        if isinstance(label, list):
-            if not label:
-                raise InputError(f"the region '{name}' is empty", field="labels", fix="list its labels")
-            values = tuple(_whole_number(item, "labels", f"region '{name}'") for item in label)
-            if len(set(values)) != len(values):
-                raise InputError(f"region '{name}' lists a label twice: {label}", field="labels", fix="keep one")
-            labels[name] = values
-        else:
-            labels[name] = _whole_number(label, "labels", f"label '{name}'")
-    if labels.get("background") != 0:
+        with problems.caught():
+            _check_name(name, "labels")
+            labels[name] = _region(name, label) if isinstance(label, list) else _label(name, label)
+    if "background" not in value or labels.get("background", 0) != 0:
         found = f"found {value['background']!r}" if "background" in value else "there is none"
         raise InputError(f"'background' should be 0, {found}", field="labels", fix=example)
     return labels
+
+
+def _label(name: str, value: Any) -> int:
+    return _whole_number(value, "labels", f"label '{name}'")
+
+
+def _region(name: str, value: list[Any]) -> tuple[int, ...]:
+    if not value:
+        raise InputError(f"the region '{name}' is empty", field="labels", fix="list its labels")
+    values = tuple(_whole_number(item, "labels", f"region '{name}'") for item in value)
+    if len(set(values)) != len(values):
+        raise InputError(f"region '{name}' lists a label twice: {value}", field="labels", fix="keep one")
+    return values
 
 
 def _ignore_label(labels: dict[str, Label]) -> int | None:
@@ -207,22 +250,23 @@ def _ignore_label(labels: dict[str, Label]) -> int | None:
     return ignore
 
 
-def _check_label_values(labels: dict[str, Label]) -> None:
+def _check_label_values(labels: dict[str, Label], problems: Problems) -> None:
     seen: dict[frozenset[int], str] = {}
     for name, label in labels.items():
         values = frozenset(_as_values(label))
         if values in seen:
-            raise InputError(
-                f"'{seen[values]}' and '{name}' are both {sorted(values)}", field="labels", fix="keep one of them"
-            )
-        if name != "background" and 0 in values:
-            raise InputError(f"'{name}' contains 0, the background", field="labels", fix="leave 0 out")
-        seen[values] = name
+            reason = f"'{seen[values]}' and '{name}' are both {sorted(values)}"
+            problems.add(InputError(reason, field="labels", fix="keep one of them"))
+        elif name != "background" and 0 in values:
+            problems.add(InputError(f"'{name}' contains 0, the background", field="labels", fix="leave 0 out"))
+        seen.setdefault(values, name)
     present = {value for values in seen for value in values}
     missing = sorted(set(range(max(present) + 1)) - present)
     if missing:
         raise InputError(
-            f"labels {sorted(present)} have a gap: {missing} missing", field="labels", fix="number them 0, 1, 2, ..."
+            f"labels {_shortened(sorted(present))} have a gap: {_shortened(missing)} missing",
+            field="labels",
+            fix="number them 0, 1, 2, ...",
         )
 
 
@@ -255,7 +299,7 @@ def _class_names(value: Any) -> tuple[str, ...]:
     elif isinstance(value, dict):
         by_id = [_class_pair(key, item, example) for key, item in value.items()]
     else:
-        raise InputError(f"found {_kind(value)}, expected an object or a list", field=field, fix=example)
+        raise InputError(f"found {kind_of(value)}, expected an object or a list", field=field, fix=example)
     for _, name in by_id:
         _check_name(name, field)
     ids = [class_id for class_id, _ in by_id]
@@ -288,51 +332,25 @@ def _file_ending(value: Any) -> str:
     return str(value)
 
 
-def _file_list(value: Any, num_channels: int, file_ending: str) -> dict[str, CaseFiles]:
-    example = 'write it as {"case": {"images": ["imagesTr/case_0000.nii.gz"], "label": "labelsTr/case.nii.gz"}}'
-    if not isinstance(value, dict):
-        raise InputError(f"found {_kind(value)}, expected an object", field="dataset", fix=example)
-    files: dict[str, CaseFiles] = {}
-    for identifier, entry in value.items():
-        try:
-            check_identifier(identifier)
-            if not isinstance(entry, dict) or not isinstance(entry.get("images"), list):
-                raise InputError("no list 'images' given", field="dataset", fix=example)
-            images, label = entry["images"], entry.get("label")
-            if len(images) != num_channels:
-                reason = f"{len(images)} images listed, expected {num_channels} (one per channel)"
-                raise InputError(reason, field="dataset", fix="list every channel once")
-            for name in [*images, *([] if label is None else [label])]:
-                _check_relative_path(name, file_ending)
-        except InputError as error:
-            raise error.located(case=identifier) from None
-        files[identifier] = CaseFiles(tuple(images), label)
-    return files
-
-
-def _check_relative_path(name: Any, file_ending: str) -> None:
-    fix = "give a path inside the dataset's folder, such as imagesTr/case_0000.nii.gz"
-    if not isinstance(name, str) or not name or not name.isprintable():
-        raise InputError(f"{name!r} is no path", field="dataset", fix=fix)
-    # Windows' rules cover both: drive letters, back slashes and leading slashes.
-    path = PureWindowsPath(name)
-    if path.anchor or ".." in path.parts or set(name) & set("$~%\\"):
-        reason = f"'{name}' is absolute, leaves the folder with '..' or needs an environment variable"
-        raise InputError(reason, field="dataset", fix=fix)
-    if not name.endswith(file_ending):
-        raise InputError(f"'{name}' does not end with file_ending '{file_ending}'", field="dataset", fix=fix)
-
-
 def _check_name(name: Any, field: str) -> None:
-    if not isinstance(name, str) or not name.strip() or not name.isprintable() or len(name) > _MAX_NAME_LENGTH:
+    if not isinstance(name, str) or not name.strip() or not name.isprintable() or len(name) > MAX_NAME_LENGTH:
         shown = repr(name)[:60]
-        raise InputError(f"{shown} is no name", field=field, fix=f"use 1 to {_MAX_NAME_LENGTH} printable characters")
+        raise InputError(f"{shown} is no name", field=field, fix=f"use 1 to {MAX_NAME_LENGTH} printable characters")
 
 
 def _whole_number(value: Any, field: str, what: str = "it") -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 65535:
-        raise InputError(f"{what} is {value!r}, expected a whole number from 0 to 65535", field=field)
+        shown = repr(value)[:60]
+        raise InputError(
+            f"{what} is {shown}, expected a whole number from 0 to 65535",
+            field=field,
+            fix="write a whole number without quotes",
+        )
     return value
+
+
+def _shortened(values: list[int]) -> str:
+    return ", ".join(str(value) for value in values[:10]) + (", ..." if len(values) > 10 else "")
 
 
 def _as_values(label: Label) -> tuple[int, ...]:
@@ -341,8 +359,3 @@ def _as_values(label: Label) -> tuple[int, ...]:
 
 def _quoted(names: Iterable[str]) -> str:
     return ", ".join(f"'{name}'" for name in names)
-
-
-def _kind(value: Any) -> str:
-    kinds = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
-    return kinds.get(type(value), "a number")

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+_LONGEST_LINE = 1000  # a message may quote from the user's files, which may hold anything
+
 
 class InputError(ValueError):
     """A user's mistake: bad data, a bad setting or a missing file.
@@ -41,7 +46,8 @@ class InputError(ValueError):
             line = f"{line}; {self.fix}"
         # Names come from the user's files and may hold line breaks or control characters.
         printable = "".join(character if character.isprintable() else " " for character in line)
-        return " ".join(printable.split())
+        line = " ".join(printable.split())
+        return line if len(line) <= _LONGEST_LINE else f"{line[: _LONGEST_LINE // 2]} ... {line[-_LONGEST_LINE // 4 :]}"
 
     def located(self, *, client: str | None = None, case: str | None = None, field: str | None = None) -> InputError:
         """Returns the same error with the parts filled in that were still unknown."""
@@ -53,9 +59,73 @@ class InputError(ValueError):
             fix=self.fix,
         )
 
+    def each(self) -> list[InputError]:
+        """Returns the single mistakes this error stands for: itself."""
+        return [self]
+
     def __reduce__(self) -> tuple[object, ...]:
         # Worker processes send their errors back; the default would lose the keyword parts.
         return (_rebuild, (self.message, self.client, self.case, self.field, self.fix))
+
+
+class InputErrors(InputError):
+    """Several mistakes at once: ``str(error)`` is their number and one line for each.
+
+    Args:
+        errors: the mistakes, at least two.
+    """
+
+    def __init__(self, errors: Sequence[InputError]) -> None:
+        self.errors = tuple(errors)
+        super().__init__(f"{len(self.errors)} problems")
+
+    def _line(self) -> str:
+        return "\n  ".join([f"{self.message}:", *(str(error) for error in self.errors)])
+
+    def located(self, *, client: str | None = None, case: str | None = None, field: str | None = None) -> InputErrors:
+        """Returns the same errors with the parts filled in that were still unknown."""
+        return InputErrors([error.located(client=client, case=case, field=field) for error in self.errors])
+
+    def each(self) -> list[InputError]:
+        """Returns the single mistakes."""
+        return list(self.errors)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (InputErrors, (self.errors,))
+
+
+class Problems:
+    """Collects mistakes, so that a check can go on and report all of them at once.
+
+    Attributes:
+        errors: what was found so far.
+    """
+
+    def __init__(self) -> None:
+        self.errors: list[InputError] = []
+
+    def add(self, error: InputError) -> None:
+        """Records a mistake, or the several that the error stands for."""
+        self.errors += error.each()
+
+    @contextmanager
+    def caught(self, *, client: str | None = None, case: str | None = None, field: str | None = None) -> Iterator[None]:
+        """Records an ``InputError`` of the block instead of letting it pass, with the unknown parts filled in."""
+        try:
+            yield
+        except InputError as error:
+            self.add(error.located(client=client, case=case, field=field))
+
+    def raise_any(self) -> None:
+        """Raises what was recorded, if anything was.
+
+        Raises:
+            InputError: the one mistake, or ``InputErrors`` for several.
+        """
+        if len(self.errors) == 1:
+            raise self.errors[0]
+        if self.errors:
+            raise InputErrors(self.errors)
 
 
 class RunError(RuntimeError):

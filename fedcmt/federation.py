@@ -20,7 +20,7 @@ from fedcmt.data.nnunet_loader import NnunetRules
 from fedcmt.dataset import RawDataset, load_dataset
 from fedcmt.device import choose_device
 from fedcmt.display import Display, open_display
-from fedcmt.errors import InputError
+from fedcmt.errors import InputError, Problems
 from fedcmt.files import read_json, write_json, write_text
 from fedcmt.initial_weights import Matched, read_weights
 from fedcmt.plans import ClientPlan, check_client, prepare_client, shape_summary
@@ -71,9 +71,7 @@ def run_federation(
     strategy = strategies.create(config.strategy)
     device = choose_device(config.device)
     workspace = Workspace(config.workspace_folder())
-    datasets = [load_dataset(config.folder("raw"), c.dataset, client=c.name) for c in config.clients]
-    for client, dataset in zip(config.clients, datasets, strict=True):
-        check_client(client, dataset)
+    datasets = _load_datasets(config)
     if not fresh:
         _check_same_federation(workspace, config)
     with ExitStack() as stack:
@@ -153,10 +151,21 @@ def _first_rounds(config: FederationConfig) -> dict[str, int]:
 
 def prepare_clients(config: FederationConfig) -> dict[str, ClientPlan]:
     """Preprocess and plan every client's dataset; see :func:`fedcmt.plans.prepare_client`."""
-    datasets = [load_dataset(config.folder("raw"), c.dataset, client=c.name) for c in config.clients]
+    datasets = _load_datasets(config)
     display: Display = open_display(config.rounds, [client.name for client in config.clients])
     with display:
         return _prepare(config, datasets, display, None)[1]
+
+
+def _load_datasets(config: FederationConfig) -> list[RawDataset]:
+    """Read every client's dataset and compare it with the client's settings; all mistakes are raised at once."""
+    problems, datasets = Problems(), []
+    for client in config.clients:
+        with problems.caught(client=client.name):
+            datasets.append(load_dataset(config.folder("raw"), client.dataset, client=client.name))
+            check_client(client, datasets[-1])
+    problems.raise_any()
+    return datasets
 
 
 def _prepare(

@@ -25,9 +25,12 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from fedcmt.checkpoint import ClientFolder, existing_client, load_model
 from fedcmt.command import run_command
 from fedcmt.device import choose_device
+from fedcmt.dicom import dicom_cases
+from fedcmt.dicom_seg import check_dicom_seg, segment_names, write_segmentations
 from fedcmt.errors import InputError
 from fedcmt.files import write_bytes, write_text
 from fedcmt.objective import whole_case
+from fedcmt.orientation import fitted_scan
 from fedcmt.plans import TopologyContract
 from fedcmt.preprocessing import configuration_name
 from fedcmt.volume import Volume, read_volume, write_segmentation
@@ -105,6 +108,16 @@ class Predictor:
         return len(self._dataset_json["channel_names"])
 
     @property
+    def channel_names(self) -> list[str]:
+        """In the order of the channels."""
+        return list(self._dataset_json["channel_names"].values())
+
+    @property
+    def segment_names(self) -> dict[int, str]:
+        """Segmentation: value in the written label maps -> its name."""
+        return segment_names(self._dataset_json)
+
+    @property
     def class_names(self) -> list[str]:
         """Classification: names in the order of the probabilities."""
         return list(self._facts["class_names"])
@@ -166,7 +179,12 @@ class Predictor:
         return self._network(case)[0].float().softmax(0).cpu().numpy()
 
     def predict_files(
-        self, cases: dict[str, tuple[Path, ...]], output: Path, *, save_probabilities: bool = False
+        self,
+        cases: dict[str, tuple[Path, ...]],
+        output: Path,
+        *,
+        save_probabilities: bool = False,
+        reorient: bool = False,
     ) -> dict[str, Prediction]:
         """Predict cases and write label maps (NIfTI), or for classification ``predictions.csv``.
 
@@ -174,6 +192,7 @@ class Predictor:
             cases: Case -> its channels' files.
             output: Folder, created if missing.
             save_probabilities: Also write ``<case>.npz`` with `probabilities` `[K, D, H, W]` (segmentation).
+            reorient: Turn scans that are stored in none of the training data's orientations.
 
         Returns:
             Case -> prediction, label maps left out (they are on disk).
@@ -183,6 +202,7 @@ class Predictor:
         for case, files in cases.items():
             try:
                 volume = read_volume(files)
+                volume = fitted_scan(volume, self._plans, self.channel_names, case, reorient=reorient)
                 prediction = self.predict_case(volume, probabilities=save_probabilities)
             except InputError as error:
                 raise error.located(case=case) from None
@@ -190,7 +210,7 @@ class Predictor:
                 write_segmentation(volume, prediction.labels, output / f"{case}.nii.gz")
                 if prediction.probabilities is not None:
                     packed = io.BytesIO()
-                    np.savez_compressed(packed, probabilities=prediction.probabilities)
+                    np.savez_compressed(packed, probabilities=volume.as_stored(prediction.probabilities))
                     write_bytes(output / f"{case}.npz", packed.getvalue())
                 prediction = Prediction(None, None)
             predictions[case] = prediction
@@ -275,6 +295,9 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda[:i] (default auto)")
     parser.add_argument("--disable-mirroring", action="store_true", help="8 times faster, a little less accurate")
     parser.add_argument("--save-probabilities", action="store_true", help="also write CASE.npz (segmentation)")
+    parser.add_argument("--reorient", action="store_true", help="turn scans to the training data's orientation")
+    parser.add_argument("--series", nargs="+", default=[], metavar="UID", help="DICOM series, one for each channel")
+    parser.add_argument("--dicom-seg", action="store_true", help="also write CASE.dcm for DICOM input (segmentation)")
     parser.add_argument("--tile-step-size", type=float, default=0.5, help="distance of tiles in patches (default 0.5)")
     return parser.parse_args(arguments)
 
@@ -289,8 +312,15 @@ def _predict(options: argparse.Namespace) -> None:
         mirroring=not options.disable_mirroring,
         tile_step_size=options.tile_step_size,
     )
-    cases = find_cases(options.input, predictor.num_channels)
-    predictor.predict_files(cases, options.output, save_probabilities=options.save_probabilities)
+    cases = dicom_cases(options.input, predictor.num_channels, options.series)
+    if options.dicom_seg:
+        check_dicom_seg(cases, predictor.task)
+    cases = cases or find_cases(options.input, predictor.num_channels)
+    predictor.predict_files(
+        cases, options.output, save_probabilities=options.save_probabilities, reorient=options.reorient
+    )
+    if options.dicom_seg:
+        write_segmentations(cases, options.output, predictor.segment_names)
     print(f"{len(cases)} case{'s' if len(cases) != 1 else ''} written to {options.output}")
 
 

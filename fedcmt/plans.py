@@ -6,7 +6,6 @@ normalisation, patch and batch stay each client's own, and intensity statistics 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -22,7 +21,9 @@ from fedcmt.config import ClientConfig
 from fedcmt.dataset import RawDataset
 from fedcmt.errors import InputError
 from fedcmt.exchange import ShapeSummary
-from fedcmt.preprocessing import SLICES, configuration_name, preprocessed_plan
+from fedcmt.files import read_json, write_json
+from fedcmt.orientation import ORIENTATIONS_KEY
+from fedcmt.preprocessing import SLICES, configuration_name, preprocessed_plan, stored_orientations
 from fedcmt.topology import TopologyContract, contract_digest
 
 __all__ = [
@@ -136,6 +137,7 @@ def prepare_client(
     plans, dataset_json, folder = _nnunet_plan(client, dataset, task, preprocessed, workers)
     plans = deepcopy(plans)
     plans["plans_name"] = "FedCMTPlans"
+    plans[ORIENTATIONS_KEY] = stored_orientations(folder)
     configuration = plans["configurations"][configuration_name(plans)]
     configuration["architecture"] = contract.architecture(task)
     planned = configuration["patch_size"]
@@ -254,16 +256,28 @@ def _whole_case_size(
     return _with_depth_below(client, size, contract)
 
 
-def _split(
+def client_folds(
     client: ClientConfig, dataset: RawDataset, task: str, folder: Path
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
+) -> tuple[list[str], list[str], list[dict[str, list[str]]]]:
+    """The cases a client trains and validates on.
+
+    Args:
+        client: Its settings.
+        dataset: Its dataset.
+        task: ``segmentation`` or ``classification``.
+        folder: Where nnU-Net keeps the dataset's ``splits_final.json``, which is used where it exists.
+
+    Returns:
+        Training cases, validation cases, and all folds.
+
+    Raises:
+        InputError: There is no such fold, or ``splits_final.json`` is damaged or names unknown cases.
+    """
     cases = sorted(dataset.train)
     if client.fold == "all":
-        return tuple(cases), tuple(cases)
+        return cases, cases, []
     path = folder / "splits_final.json"
-    splits = json.loads(path.read_text()) if path.is_file() else make_splits(dataset, task)
-    if not path.is_file():
-        path.write_text(json.dumps(splits, indent=2))
+    splits = _read_splits(path, client) if path.is_file() else make_splits(dataset, task)
     if client.fold >= len(splits):
         raise InputError(
             f"fold {client.fold} of {len(splits)}",
@@ -278,7 +292,34 @@ def _split(
         raise InputError(
             f"fold {client.fold} in {path} {what}", client=client.name, field="fold", fix="correct or delete that file"
         )
-    return tuple(split["train"]), tuple(split["val"])
+    return split["train"], split["val"], splits
+
+
+def _read_splits(path: Path, client: ClientConfig) -> list[dict[str, list[str]]]:
+    splits = read_json(path)
+
+    def is_fold(fold: object) -> bool:
+        parts = [fold.get("train"), fold.get("val")] if isinstance(fold, dict) else [None]
+        return all(isinstance(part, list) and all(isinstance(case, str) for case in part) for part in parts)
+
+    if not isinstance(splits, list) or not splits or not all(is_fold(fold) for fold in splits):
+        raise InputError(
+            f'{path} is no list of {{"train": [...], "val": [...]}}',
+            client=client.name,
+            field="fold",
+            fix="correct or delete that file",
+        )
+    return splits
+
+
+def _split(
+    client: ClientConfig, dataset: RawDataset, task: str, folder: Path
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    train, validation, splits = client_folds(client, dataset, task, folder)
+    path = folder / "splits_final.json"
+    if splits and not path.is_file():
+        write_json(path, splits)
+    return tuple(train), tuple(validation)
 
 
 def make_splits(dataset: RawDataset, task: str) -> list[dict[str, list[str]]]:

@@ -25,8 +25,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from scipy import ndimage
 
-from fedcmt.dataset import Case, RawDataset, check_images
-from fedcmt.errors import InputError
+from fedcmt.dataset import Case, RawDataset, inspect_images
+from fedcmt.errors import InputError, Problems
 from fedcmt.files import read_json, write_json
 from fedcmt.volume import read_volume, write_segmentation
 
@@ -71,11 +71,14 @@ def preprocessed_plan(
     checked = _digest([inputs], dataset.test.values())
     record = _record(folder)
     known: dict[str, Any] = read_json(record) if record.is_file() and folder.is_dir() else {}
-    if known.get("checked") == checked:
+    if known.get("checked") == checked and "orientations" in known:
         return known["plans"], known["dataset_json"], folder
-    warnings = check_images(dataset, client=client)
+    problems = Problems()
+    images = inspect_images(dataset, problems, client=client)
+    problems.raise_any()
+    findings = {"checked": checked, "warnings": images.warnings, "orientations": images.orientations}
     if known.get("inputs") == inputs:  # only test cases changed
-        write_json(record, known | {"checked": checked, "warnings": warnings})
+        write_json(record, known | findings)
         return known["plans"], known["dataset_json"], folder
     record.unlink(missing_ok=True)
     folder.with_name(f"{folder.name}.json").unlink(missing_ok=True)  # nnU-Net keeps configurations of earlier plans
@@ -91,8 +94,7 @@ def preprocessed_plan(
         plans, dataset_json = _run_nnunet(dataset, folder, spacing, slices, client, workers)
     if task == "segmentation":
         _copy_truth(dataset, target / "gt_segmentations")
-    facts = {"inputs": inputs, "checked": checked, "warnings": warnings, "plans": plans, "dataset_json": dataset_json}
-    write_json(record, facts)
+    write_json(record, {"inputs": inputs, **findings, "plans": plans, "dataset_json": dataset_json})
     return plans, dataset_json, folder
 
 
@@ -112,6 +114,11 @@ def _copy_truth(dataset: RawDataset, folder: Path) -> None:
 def _record(folder: Path) -> Path:
     # Beside the folder and not in it: stock nnU-Net trains only from folders that hold nothing but cases.
     return folder.with_name(f"{folder.name}_record.json")
+
+
+def stored_orientations(folder: Path) -> dict[str, int]:
+    """Axis codes such as ``RAS`` -> number of training cases stored that way, most frequent first."""
+    return dict(read_json(_record(folder))["orientations"])
 
 
 def _run_nnunet(

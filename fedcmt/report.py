@@ -19,6 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fedcmt.errors import InputError
 from fedcmt.files import read_json, write_text
+from fedcmt.report_cross import cross_site_table
 from fedcmt.report_figures import Point, cosine_colours, cosine_curve, training_curves
 from fedcmt.report_slices import (
     SlicePicture,
@@ -108,6 +109,7 @@ def write_report(workspace: Path) -> Path:
         clients=[_client_section(workspace, run, name) for name in run.clients],
         participation=_participation(run),
         agreement=_agreement(run),
+        cross=cross_site_table(workspace),
         score_kinds=SCORE_KINDS,
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
     )

@@ -18,15 +18,23 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
+from nibabel.orientations import apply_orientation
 from numpy.typing import DTypeLike
 
-from fedcmt.errors import InputError
+from fedcmt.errors import InputError, Problems
 from fedcmt.nifti import check_affine, check_claimed_size, check_file_size, header_from_affine, nifti_bytes, read_nifti
 
 NIFTI_ENDINGS = (".nii.gz", ".nii")
 SIMPLEITK_ENDINGS = (".nrrd", ".nhdr", ".mha", ".mhd")
 READABLE_ENDINGS = NIFTI_ENDINGS + SIMPLEITK_ENDINGS
 
+_META_HEADER_BYTES = 64 * 1024
+_META_SYNONYMS = {
+    "Position": "Offset",
+    "Origin": "Offset",
+    "Rotation": "TransformMatrix",
+    "Orientation": "TransformMatrix",
+}
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _ITK_DTYPES = {
     sitk.sitkUInt8: np.uint8, sitk.sitkInt8: np.int8, sitk.sitkUInt16: np.uint16, sitk.sitkInt16: np.int16,
@@ -48,12 +56,19 @@ class Volume:
         affine: ``[4, 4]`` float64, voxel (x, y, z) -> mm in RAS+.
         header: the NIfTI header the volume was read with, whose geometry fields are written back verbatim; None for
             other formats.
+        axes_back: for a volume that was turned after reading, nibabel's orientation transform back to the stored axes
+            (x, y, z); what is written is turned back.
     """
 
     data: np.ndarray
     spacing: tuple[float, float, float]
     affine: np.ndarray
     header: nib.Nifti1Header | None = None
+    axes_back: np.ndarray | None = None
+
+    def as_stored(self, array: np.ndarray) -> np.ndarray:
+        """Returns an array ``[..., D, H, W]`` on this volume's grid with the axes of the file it was read from."""
+        return array if self.axes_back is None else turned_axes(array, self.axes_back)
 
     def __post_init__(self) -> None:
         if self.data.ndim != 4:
@@ -73,7 +88,8 @@ def read_volume(
     """Reads one 3D file, or one 3D file per channel, into a ``Volume``.
 
     Args:
-        paths: ``.nii``, ``.nii.gz``, ``.nrrd``, ``.nhdr``, ``.mha`` or ``.mhd``; a sequence is read as channels.
+        paths: ``.nii``, ``.nii.gz``, ``.nrrd``, ``.nhdr``, ``.mha`` or ``.mhd``, a folder with a DICOM series, or one
+            slice of a series; a sequence is read as channels.
         dtype: type of the voxels returned; None keeps what is stored (float64 where intensities are scaled).
 
     Returns:
@@ -86,17 +102,19 @@ def read_volume(
     names = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     if not names:
         raise InputError("no image file given", field="images")
-    channels = [_read_channel(Path(name), dtype) for name in names]
+    problems, channels = Problems(), []
+    for name in names:
+        with problems.caught():
+            channels.append(_read_channel(Path(name), dtype))
+    problems.raise_any()
     first = channels[0]
     for name, channel in zip(names[1:], channels[1:], strict=True):
         difference = geometry_difference(first, channel)
         if difference is not None:
             field, text = difference
-            raise InputError(
-                f"channels {Path(names[0]).name} and {Path(name).name} differ: {text}",
-                field=field,
-                fix="resample all channels of a case onto one grid",
-            )
+            reason = f"channels {Path(names[0]).name} and {Path(name).name} differ: {text}"
+            problems.add(InputError(reason, field=field, fix="resample all channels of a case onto one grid"))
+    problems.raise_any()
     if len(channels) == 1:
         return first
     return Volume(np.concatenate([channel.data for channel in channels]), first.spacing, first.affine, first.header)
@@ -117,13 +135,26 @@ def geometry_difference(first: Volume, second: Volume) -> tuple[str, str] | None
         return "spacing", f"spacing (D, H, W) {_rounded(first.spacing)} and {_rounded(second.spacing)} mm"
     cosines = [volume.affine[:3, :3] / np.linalg.norm(volume.affine[:3, :3], axis=0) for volume in (first, second)]
     if np.abs(cosines[0] - cosines[1]).max() > 1e-3:
-        codes = ["".join(nib.aff2axcodes(volume.affine)) for volume in (first, second)]
+        codes = [axis_codes(volume.affine) for volume in (first, second)]
         detail = f"axes {codes[0]} and {codes[1]}" if codes[0] != codes[1] else "rotated against each other"
         return "direction", f"direction ({detail})"
     distance = float(np.linalg.norm(first.affine[:3, 3] - second.affine[:3, 3]))
     if distance > 0.1 * min(first.spacing):
         return "origin", f"origin {_rounded(first.affine[:3, 3])} and {_rounded(second.affine[:3, 3])} mm"
     return None
+
+
+def axis_codes(affine: np.ndarray) -> str:
+    """Returns where voxel axes x, y and z point to, such as ``LPS`` or ``RAS`` (nibabel's codes), rounded for oblique
+    grids.
+    """
+    return "".join(nib.aff2axcodes(affine))
+
+
+def turned_axes(array: np.ndarray, turn: np.ndarray) -> np.ndarray:
+    """Applies nibabel's orientation transform of the axes (x, y, z) to an array ``[..., D, H, W]``."""
+    xyz_first = np.moveaxis(array, (-1, -2, -3), (0, 1, 2))
+    return np.ascontiguousarray(np.moveaxis(apply_orientation(xyz_first, turn), (0, 1, 2), (-1, -2, -3)))
 
 
 def write_segmentation(volume_like: Volume, labels: np.ndarray, path: str | os.PathLike[str]) -> None:
@@ -146,6 +177,7 @@ def write_segmentation(volume_like: Volume, labels: np.ndarray, path: str | os.P
     lowest, highest = (int(labels.min()), int(labels.max())) if labels.size else (0, 0)
     if lowest < 0 or highest > 65535:
         raise ValueError(f"`labels` should be in 0..65535. Found {lowest}..{highest}.")
+    labels = volume_like.as_stored(labels)
     _write(volume_like, labels.astype(np.uint8 if highest <= 255 else np.uint16), Path(path))
 
 
@@ -163,7 +195,7 @@ def write_volume(volume: Volume, path: str | os.PathLike[str], *, channel: int |
     """
     if channel is None and volume.data.shape[0] != 1:
         raise ValueError(f"`channel` should say which of the {volume.data.shape[0]} channels to write. Found None.")
-    voxels = volume.data[channel or 0]
+    voxels = volume.as_stored(volume.data[channel or 0])
     if voxels.dtype not in _WRITABLE_DTYPES:
         if voxels.dtype.kind in "iu" and voxels.size and max(-int(voxels.min()), int(voxels.max())) >= 2**31:
             raise ValueError(f"`volume` should fit into 32 bits. Found {voxels.min()}..{voxels.max()}.")
@@ -195,6 +227,10 @@ def _replace_file(path: Path, content: bytes) -> None:
 
 
 def _read_channel(path: Path, dtype: DTypeLike | None) -> Volume:
+    from fedcmt import dicom  # which makes volumes
+
+    if (path.is_dir() and not has_ending(path, READABLE_ENDINGS)) or dicom.is_dicom(path):
+        return _checked(dicom.read_dicom(path), dtype, path)
     if not has_ending(path, READABLE_ENDINGS):
         raise InputError(f"{path.name} is no known image format", fix=f"use one of {', '.join(READABLE_ENDINGS)}")
     if not path.is_file():
@@ -203,6 +239,10 @@ def _read_channel(path: Path, dtype: DTypeLike | None) -> Volume:
         stored = _read_itk(path) if has_ending(path, SIMPLEITK_ENDINGS) else _read_nifti_volume(path)
     except OSError as error:
         raise InputError(f"{path.name} cannot be read ({error.strerror or error})", fix="check the file") from error
+    return _checked(stored, dtype, path)
+
+
+def _checked(stored: Volume, dtype: DTypeLike | None, path: Path) -> Volume:
     voxels = stored.data
     if dtype is not None:
         with np.errstate(over="ignore"):  # an overflow becomes Inf, which is refused below
@@ -227,6 +267,8 @@ def _read_nifti_volume(path: Path) -> Volume:
 def _read_itk(path: Path) -> Volume:
     if path.stat().st_size == 0:
         raise InputError(f"{path.name} is empty (0 bytes)", fix="restore the file from its source")
+    if has_ending(path, (".mha", ".mhd")):
+        _check_meta_header(path)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
@@ -250,6 +292,43 @@ def _read_itk(path: Path) -> Volume:
     check_affine(affine, spacing, path)
     depth, height, width = (float(value) for value in spacing[::-1])
     return Volume(sitk.GetArrayFromImage(image)[None], (depth, height, width), affine)
+
+
+def _check_meta_header(path: Path) -> None:
+    """Refuses what makes ITK's MetaImage reader write outside its memory: it believes every count in the header."""
+    with path.open("rb") as file:
+        text = file.read(_META_HEADER_BYTES).decode("latin-1")
+    head, mark, rest = text.partition("ElementDataFile")
+    fields: dict[str, list[str]] = {}
+    for line in head.splitlines():
+        key, _, value = line.partition("=")
+        fields[key.strip()] = value.split()
+    numbers = {"NDims": 1, "DimSize": 3, "ElementSpacing": 3, "Offset": 3, "TransformMatrix": 9}
+    fields = {_META_SYNONYMS.get(key, key): values for key, values in fields.items()}
+    if fields.get("NDims") == ["4"]:  # one more axis of length 1 may follow
+        numbers |= {"DimSize": 4, "ElementSpacing": 4, "Offset": 4, "TransformMatrix": 16}
+    wrong = [key for key, count in numbers.items() if key in fields and not _are_numbers(fields[key], count)]
+    for key in ("NDims", "DimSize", "ElementType"):
+        if not fields.get(key):
+            wrong.append(key)
+    if fields.get("NDims") not in (["3"], ["4"]):
+        raise InputError(
+            f"{path.name} has {' '.join(fields.get('NDims', ['no']))[:40]} dimensions, expected 3",
+            field="NDims",
+            fix="write one 3D file per channel or time point",
+        )
+    if wrong or not mark or not rest.strip(" =").split("\n")[0].strip():
+        field = wrong[0] if wrong else "ElementDataFile"
+        raise InputError(f"the header of {path.name} is damaged", field=field, fix="restore it from its source")
+    if has_ending(path, (".mha",)) and rest.strip(" =").split("\n")[0].strip() != "LOCAL":
+        raise InputError(f"{path.name} does not hold its own voxels", field="ElementDataFile", fix="name it .mhd")
+
+
+def _are_numbers(values: Sequence[str], count: int) -> bool:
+    try:
+        return len(values) == count and all(math.isfinite(float(value)) for value in values)
+    except ValueError:
+        return False
 
 
 def _itk_size(reader: sitk.ImageFileReader, path: Path) -> tuple[int, ...]:

@@ -78,9 +78,14 @@ def load(folder: Path) -> RawDataset:
 
 
 def complaint(action: Callable[[], object]) -> InputError:
+    """The first of the complaints, each of which must be one line that names the client."""
+    return complaints(action)[0]
+
+
+def complaints(action: Callable[[], object]) -> list[InputError]:
     with pytest.raises(InputError) as caught:
         action()
-    line = str(caught.value)
-    assert "\n" not in line
-    assert "client 'site_a'" in line
-    return caught.value
+    for error in caught.value.each():
+        assert "\n" not in str(error)
+        assert "client 'site_a'" in str(error)
+    return caught.value.each()

@@ -55,6 +55,12 @@ def test_several_channels_may_share_a_normalisation_name(folder: Path) -> None:
     assert load(folder).channel_names == ("CT", "CT")
 
 
+def test_nnunets_readers_may_be_named(folder: Path) -> None:
+    for reader in ("SimpleITKIO", "NibabelIO", "None"):
+        edit(folder, overwrite_image_reader_writer=reader)
+        assert load(folder).dataset_json["overwrite_image_reader_writer"] == reader
+
+
 def test_file_list(folder: Path) -> None:
     (folder / "scans").mkdir()
     for path in [*(folder / "imagesTr").iterdir(), *(folder / "labelsTr").iterdir()]:
@@ -138,6 +144,8 @@ JSON_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "ending unknown": ({"file_ending": ".png"}, "file_ending"),
     "ending without dot": ({"file_ending": "nii.gz"}, "file_ending"),
     "ending list": ({"file_ending": [".nii.gz"]}, "file_ending"),
+    "reader that turns": ({"overwrite_image_reader_writer": "NibabelIOWithReorient"}, "overwrite_image_reader_writer"),
+    "reader unknown": ({"overwrite_image_reader_writer": {}}, "overwrite_image_reader_writer"),
     "classes null": ({"classification_labels": []}, "classification_labels"),
     "classes text": ({"classification_labels": "healthy"}, "classification_labels"),
     "class gap": ({"classification_labels": {"healthy": 0, "tumour": 2}}, "classification_labels"),
@@ -214,7 +222,7 @@ STRUCTURE_FAULTS: dict[str, tuple[Callable[[Path], None], str | None, str | None
     "channel missing": (remove("imagesTr/case_2_0001.nii.gz"), "case_2", "images"),
     "test channel missing": (remove("imagesTs/case_9_0000.nii.gz"), "case_9", "images"),
     "label missing": (remove("labelsTr/case_2.nii.gz"), "case_2", "labelsTr"),
-    "labels missing": (lambda folder: shutil.rmtree(folder / "labelsTr"), "case_1", "labelsTr"),
+    "labels missing": (lambda folder: shutil.rmtree(folder / "labelsTr"), None, "labelsTr"),
     "images missing": (lambda folder: shutil.rmtree(folder / "imagesTr"), None, "imagesTr"),
     "label without image": (rename("labelsTs/case_9.nii.gz", "labelsTr/case_9.nii.gz"), "case_9", "imagesTr"),
     "no channel number": (rename("imagesTr/case_1_0000.nii.gz", "imagesTr/case_1.nii.gz"), None, "images"),

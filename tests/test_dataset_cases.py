@@ -148,8 +148,8 @@ def cut(name: str) -> Callable[[Path], None]:
 SHIFTED = AFFINE + np.array([[0, 0, 0, 5.0]] + [[0] * 4] * 3)
 IMAGE, LABEL, TEST_LABEL = "imagesTr/case_1_0000.nii.gz", "labelsTr/case_1.nii.gz", "labelsTs/case_9.nii.gz"
 IMAGE_FAULTS: dict[str, tuple[Callable[[Path], None], str, str | None]] = {
-    "truncated": (cut(IMAGE), "case_1", None),
-    "empty file": (lambda folder: (folder / IMAGE).write_bytes(b"") and None, "case_1", None),
+    "truncated": (cut(IMAGE), "case_1", "images"),
+    "empty file": (lambda folder: (folder / IMAGE).write_bytes(b"") and None, "case_1", "images"),
     "NaN": (put(IMAGE, with_value(np.nan)), "case_1", "voxels"),
     "Inf": (put(IMAGE, with_value(np.inf)), "case_1", "voxels"),
     "4D": (put(IMAGE, np.zeros((*SHAPE, 2), np.int16)), "case_1", "dim"),
@@ -165,7 +165,7 @@ IMAGE_FAULTS: dict[str, tuple[Callable[[Path], None], str, str | None]] = {
     "label NaN": (put(LABEL, with_value(np.nan)), "case_1", "voxels"),
     "label huge": (put(LABEL, with_value(1e30)), "case_1", "labels"),
     "test label unknown": (put(TEST_LABEL, with_value(7)), "case_9", "labels"),
-    "test label truncated": (cut(TEST_LABEL), "case_9", None),
+    "test label truncated": (cut(TEST_LABEL), "case_9", "labels"),
 }
 
 

@@ -330,6 +330,32 @@ def test_other_formats_refuse_what_nifti_refuses(tmp_path: Path) -> None:
         assert expect_one_line(tmp_path / f"{name}.mha")
 
 
+META = (
+    "ObjectType = Image\nNDims = 3\nBinaryData = True\nTransformMatrix = 1 0 0 0 1 0 0 0 1\nOffset = 0 0 0\n"
+    "ElementSpacing = 1 1 1\nDimSize = 2 2 2\nElementType = MET_SHORT\nElementDataFile = LOCAL\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "field"),
+    [
+        ("NDims = 3", "NDims = -1", "NDims"),
+        ("NDims = 3", "NDims = 99999999999 inf nan", "NDims"),
+        ("NDims = 3\n", "", "NDims"),
+        ("DimSize = 2 2 2", "DimSize = 2 2 2 2 2 2 2 2 2 2 2 2", "DimSize"),
+        ("ElementSpacing = 1 1 1", "ElementSpacing = 1", "ElementSpacing"),
+        ("Offset = 0 0 0", "Position = 0 0", "Offset"),
+        ("LOCAL", "../other.raw", "ElementDataFile"),
+        ("ElementDataFile = LOCAL", "", "ElementDataFile"),
+    ],
+)
+def test_meta_headers_that_would_crash_itk(tmp_path: Path, old: str, new: str, field: str) -> None:
+    (tmp_path / "x.mha").write_bytes(META.encode() + bytes(16))
+    assert read_volume(tmp_path / "x.mha").data.shape == (1, 2, 2, 2)
+    (tmp_path / "x.mha").write_bytes(META.replace(old, new).encode() + bytes(16))
+    expect_one_line(tmp_path / "x.mha", field)
+
+
 def test_unknown_ending_missing_file_and_folder(tmp_path: Path) -> None:
     (tmp_path / "scan.png").write_bytes(b"x")
     (tmp_path / "folder.nii.gz").mkdir()
