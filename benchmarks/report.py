@@ -1,6 +1,6 @@
 """Runs the benchmarks and writes their tables and plot.
 
-usage: python benchmarks/report.py [--elements 31000000] [--cycles 9] [--mapped-full] [-o docs]
+usage: python benchmarks/report.py [--elements 31000000] [--cycles 7] [--mapped-full] [-o docs]
 
 writes benchmarks.md (what stands between its markers) and benchmarks.png into the folder.
 """
@@ -146,7 +146,7 @@ def extra(facts: dict[str, Any]) -> str:
 
 
 def bound_rows(results: Results) -> Iterator[Sequence[str]]:
-    for (group, _), facts in results.items():
+    for (group, _), facts in sorted(results.items(), key=lambda item: item[1]["N"]):
         if "share_of_bound" in facts:
             peak = results[group, "torch float64 mm, float64, 1 thread"]["products_per_second"]
             yield (
@@ -246,7 +246,7 @@ def draw_bounds(axis: Axes, results: Results) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--elements", type=int, default=31_000_000, help="length of each of 8 updates")
-    parser.add_argument("--cycles", type=int, default=9, help="calls of each contender")
+    parser.add_argument("--cycles", type=int, default=7, help="calls of each contender")
     parser.add_argument("--mapped-full", action="store_true", help="also 12.8 GB of updates in files")
     parser.add_argument("-o", "--output", type=Path, default=TEMPLATE.parent, help="folder")
     options = parser.parse_args()
