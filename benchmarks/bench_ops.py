@@ -63,8 +63,8 @@ def test_speed(
     contender: Contender,
     pytestconfig: pytest.Config,
 ) -> None:
-    if not contender.is_installed:
-        pytest.skip(f"{contender.requires} is not installed")
+    if contender.missing:
+        pytest.skip(f"not installed: {', '.join(contender.missing)}")
     if group.name not in measured:
         measured[group.name] = measure.measure(group, pytestconfig.getoption("cycles"))
     results = measured[group.name]

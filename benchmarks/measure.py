@@ -20,7 +20,7 @@ from torch import Tensor
 
 Work = Callable[[], object]
 Role = Literal["ours", "other", "floor", "peak"]
-_WARM_UP = 2
+_WARM_UP = 1
 
 
 class Inputs:
@@ -73,7 +73,7 @@ class Contender:
         amount: Bytes that the operation has to read and write; for the peak, its multiply-adds.
         prepare: Makes the work from the inputs, outside of what is measured.
         threads: Threads it may use.
-        requires: A package without which it is left out.
+        requires: Packages without which it is left out.
     """
 
     name: str
@@ -82,15 +82,16 @@ class Contender:
     amount: int
     prepare: Callable[[Any], Work]
     threads: int = 1
-    requires: str | None = None
+    requires: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
         return f"{self.name}, {short(self.dtype)}, {self.threads} thread{'s' * (self.threads > 1)}"
 
     @property
-    def is_installed(self) -> bool:
-        return self.requires is None or importlib.util.find_spec(self.requires) is not None
+    def missing(self) -> list[str]:
+        """Packages that it needs and that are not installed."""
+        return [package for package in self.requires if importlib.util.find_spec(package) is None]
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def short(dtype: torch.dtype) -> str:
 def measure(group: Group, cycles: int) -> dict[str, Timings]:
     """Times the contenders that are installed, by label."""
     inputs = _inputs(group.make_inputs, group.count, group.length)
-    contenders = [c for c in group.contenders if c.is_installed]
+    contenders = [c for c in group.contenders if not c.missing]
     threads = torch.get_num_threads()
     try:
         works = {}

@@ -1,6 +1,6 @@
 """Runs the benchmarks and writes their tables and plot.
 
-usage: python benchmarks/report.py [--elements 31000000] [--cycles 9] [--mapped-full] [-o docs]
+usage: python benchmarks/report.py [--elements 31000000] [--cycles 7] [--mapped-full] [-o docs]
 
 writes benchmarks.md (what stands between its markers) and benchmarks.png into the folder.
 """
@@ -82,11 +82,12 @@ def table(columns: Sequence[str], rows: Iterator[Sequence[str]]) -> Iterator[str
         yield f"| {' | '.join(row)} |"
 
 
-def machine_rows() -> Iterator[tuple[str, str]]:
+def machine_rows(load: float) -> Iterator[tuple[str, str]]:
     info = ops.backend_info()
     model = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     yield "processor", model[1] if model else platform.processor()
     yield "cores", str(os.cpu_count())
+    yield "other load (processes, before the run)", f"{load:.1f}"
     yield "instruction set in use", str(info.cpu_path)
     yield "system", f"{platform.system()} {platform.release()}, {platform.python_compiler()}"
     for package in ("torch", "numpy", "scipy", "torchjd", "nvflare", "flwr"):
@@ -146,7 +147,7 @@ def extra(facts: dict[str, Any]) -> str:
 
 
 def bound_rows(results: Results) -> Iterator[Sequence[str]]:
-    for (group, _), facts in results.items():
+    for (group, _), facts in sorted(results.items(), key=lambda item: item[1]["N"]):
         if "share_of_bound" in facts:
             peak = results[group, "torch float64 mm, float64, 1 thread"]["products_per_second"]
             yield (
@@ -168,7 +169,7 @@ def variant_rows(results: Results) -> Iterator[Sequence[str]]:
             yield group, facts["dtype"], str(facts["threads"]), speed, facts["variant"]
 
 
-def tables(found: list[dict[str, Any]]) -> dict[str, Iterator[str]]:
+def tables(found: list[dict[str, Any]], load: float) -> dict[str, Iterator[str]]:
     """The lines of each table, by its name in the document."""
     results = by_group(found)
     errors = [one["extra_info"]["error"] for one in found if one["group"] == ACCURACY]
@@ -179,7 +180,7 @@ def tables(found: list[dict[str, Any]]) -> dict[str, Iterator[str]]:
     bounds = ("N", "D", "dtype", "ms", "memory bound, ms", "arithmetic bound, ms", "peak, 1e9 multiply-adds/s",
               "bound by", "share of the bound")  # fmt: skip
     return {
-        "machine": table(("machine", ""), machine_rows()),
+        "machine": table(("machine", ""), machine_rows(load)),
         "setting": iter([setting]),
         "claims": table(("claim", "target", "wall", "CPU", "holds"), claim_rows(list(claims(results, errors)))),
         "times": table(times, time_rows(results)),
@@ -223,9 +224,9 @@ def draw_group(axis: Axes, group: str, results: Results) -> None:
     rows.sort(key=lambda facts: -facts["median"])
     labels = [f"{facts['name']}, {facts['dtype']}" for facts in rows]
     bars = axis.barh(labels, [facts["median"] * 1e3 for facts in rows], color=[COLOURS[f["role"]] for f in rows])
-    axis.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
+    axis.bar_label(bars, fmt=lambda value: f"{value:,.3g}" if value < 100 else f"{value:,.0f}", padding=3, fontsize=8)
     axis.tick_params(axis="y", labelsize=8)
-    axis.margins(x=0.12)
+    axis.margins(x=0.15)
     axis.set(title=f"{group}: {rows[0]['N']} updates of {rows[0]['D']:,}, one thread", xlabel="ms, median")
 
 
@@ -246,13 +247,14 @@ def draw_bounds(axis: Axes, results: Results) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--elements", type=int, default=31_000_000, help="length of each of 8 updates")
-    parser.add_argument("--cycles", type=int, default=9, help="calls of each contender")
+    parser.add_argument("--cycles", type=int, default=7, help="calls of each contender")
     parser.add_argument("--mapped-full", action="store_true", help="also 12.8 GB of updates in files")
     parser.add_argument("-o", "--output", type=Path, default=TEMPLATE.parent, help="folder")
     options = parser.parse_args()
     arguments = [f"--elements={options.elements}", f"--cycles={options.cycles}"]
+    load = os.getloadavg()[0]
     found = run(arguments + ["--mapped-full"] * options.mapped_full)
-    write_tables(options.output / "benchmarks.md", tables(found))
+    write_tables(options.output / "benchmarks.md", tables(found, load))
     files.write_bytes(options.output / "benchmarks.png", draw(by_group(found)))
 
 
