@@ -72,6 +72,10 @@ def test_names() -> None:
         ),
         ({"name": "fedcmt", "conflict_aversion": 1.5}, ["strategy.conflict_aversion", "1.5"]),
         ({"name": "fedcmt", "distillation": {"wieght": 1}}, ["distillation.wieght", "did you mean 'weight'"]),
+        ({"name": "affinity", "similarity": "measured", "other": 0.1}, ["other has no use"]),
+        ({"name": "affinity", "sharpness": 2}, ["sharpness has no use"]),
+        ({"name": "affinity", "step_length": "fedexp"}, ["unknown key 'step_length'"]),
+        ({"name": "fedopt", "optimizer": "sgd", "beta2": 0.9}, ["beta2 has no use"]),
         ({"name": "local", "server_momentum": 0.5}, ["unknown key 'server_momentum'"]),
     ],
 )
