@@ -19,7 +19,7 @@ import yaml
 from fedcmt import strategies
 from fedcmt.comparison import Row, ScoreKind, as_csv, as_markdown, read_run
 from fedcmt.comparison_figures import curves_png, forest_png
-from fedcmt.config import FederationConfig, load_config
+from fedcmt.config import FederationConfig, StrategyConfig, load_config
 from fedcmt.errors import InputError, RunError
 from fedcmt.federation import prepare_clients, run_federation
 from fedcmt.files import write_bytes, write_text
@@ -149,7 +149,8 @@ def compare(
     threads = max(1, (os.cpu_count() or 1) // processes)
     runs = list(_runs(config, variants, range(first, first + seeds), target, threads, overrides))
     for variant in variants:
-        strategies.create(load_config({**_minimal(runs[0].config), "strategy": variant.strategy}).strategy)
+        chosen = strategies.create(StrategyConfig.model_validate(dict(variant.strategy)))
+        chosen.check([client.name for client in settings.clients])
     _prepare(runs, target, say)
     _run_all(runs, processes, say)
     rows = [row for run in runs for row in read_run(run.workspace, run.variant.label, run.seed)]

@@ -50,7 +50,7 @@ class Server:
         self._strategy, self._topology, self._seed, self._rounds = strategy, contract.digest(), seed, rounds
         self._clients = {client.name: client for client in sorted(clients, key=lambda c: c.name)}
         self._shared = SharedParts(strategy, contract, clients, seed=seed, device=device, backend=backend)
-        strategy.check(clients)
+        strategy.check([client.name for client in clients])
         for client in clients:
             self._check(client)
         self.round_index = 0  # the last finished round

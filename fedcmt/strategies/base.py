@@ -173,8 +173,8 @@ class Strategy(ABC):
         """Bounds of parts of the encoder with weights of their own; None for none."""
         return None
 
-    def check(self, clients: Sequence[ClientDescription]) -> None:  # noqa: B027 (most have nothing to check)
-        """Look whether the settings fit the clients.
+    def check(self, clients: Sequence[str]) -> None:  # noqa: B027 (most have nothing to check)
+        """Look whether the settings fit the clients of these names.
 
         Raises:
             InputError: They do not.
