@@ -201,7 +201,7 @@ def compare(options: argparse.Namespace) -> None:
         overrides=options.overrides,
     )
     print((result.folder / "comparison.md").read_text())
-    print(f"{result.folder}: comparison.md, results.csv, curves.png, forest.png")
+    print(f"{result.folder}: {', '.join(sorted(path.name for path in result.folder.glob('*.*')))}")
 
 
 def doctor(options: argparse.Namespace) -> None:

@@ -19,7 +19,7 @@ import yaml
 from fedcmt import strategies
 from fedcmt.comparison import Row, ScoreKind, as_csv, as_markdown, read_run
 from fedcmt.comparison_figures import curves_png, forest_png
-from fedcmt.config import FederationConfig, load_config
+from fedcmt.config import FederationConfig, StrategyConfig, load_config
 from fedcmt.errors import InputError, RunError
 from fedcmt.federation import prepare_clients, run_federation
 from fedcmt.files import write_bytes, write_text
@@ -138,14 +138,19 @@ def compare(
         raise InputError(f"should be 1 to {MAX_SEEDS}, found {seeds}", field="--seeds")
     if processes < 1:
         raise InputError(f"should be at least 1, found {processes}", field="--processes")
-    name = load_config(config, [*overrides, "strategy=local"]).name
-    target = folder or Path("workspace") / f"{name}-compare"
+    settings = load_config(config, [*overrides, "strategy=local"])
+    target = folder or Path("workspace") / f"{settings.name}-compare"
     target = target / "tuning" if tuning else target
+    if "{seed}" in str(settings.raw) and "{seed}" not in str(settings.preprocessed):
+        raise InputError(
+            "raw data differ by seed, preprocessed data do not", field="preprocessed", fix="put {seed} into it as well"
+        )
     first = TUNING_SEEDS_FROM if tuning else TEST_SEEDS_FROM
     threads = max(1, (os.cpu_count() or 1) // processes)
     runs = list(_runs(config, variants, range(first, first + seeds), target, threads, overrides))
     for variant in variants:
-        strategies.create(load_config({**_minimal(runs[0].config), "strategy": variant.strategy}).strategy)
+        chosen = strategies.create(StrategyConfig.model_validate(dict(variant.strategy)))
+        chosen.check([client.name for client in settings.clients])
     _prepare(runs, target, say)
     _run_all(runs, processes, say)
     rows = [row for run in runs for row in read_run(run.workspace, run.variant.label, run.seed)]
@@ -153,7 +158,8 @@ def compare(
     write_text(target / "results.csv", as_csv(rows))
     write_text(target / "comparison.md", as_markdown(rows, REFERENCE, kind, tuning=tuning))
     write_bytes(target / "curves.png", curves_png(rows))
-    write_bytes(target / "forest.png", forest_png(rows, REFERENCE, kind))
+    if len(variants) > 1:
+        write_bytes(target / "forest.png", forest_png(rows, REFERENCE, kind))
     return Comparison(target, rows, kind)
 
 
@@ -213,7 +219,7 @@ def _outcomes(runs: Sequence[Run], processes: int) -> Iterator[tuple[Run, str | 
             yield run, run_one(run.config)
         return
     # Spawned: forking a process that has run torch's threads is not safe.
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(min(processes, len(runs)), multiprocessing.get_context("spawn")) as pool:
         futures = {pool.submit(run_one, run.config): run for run in runs}
         for future in as_completed(futures):
             yield futures[future], future.result()

@@ -322,6 +322,8 @@ class LiveDisplay:
         with self._lock:
             row = self._rows.setdefault(line["client"], _Row())
             row.state = "done" if line.get("participated", True) else "did not take part"
+            if line.get("phase") == "warm-up":
+                row.state = "warming up"
             if line.get("refused"):
                 row.state = "update refused"
             if line.get("train_loss") is not None:

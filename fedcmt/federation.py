@@ -69,6 +69,7 @@ def run_federation(
     if config.threads:
         torch.set_num_threads(config.threads)
     strategy = strategies.create(config.strategy)
+    strategy.check([client.name for client in config.clients])
     device = choose_device(config.device)
     workspace = Workspace(config.workspace_folder())
     datasets = _load_datasets(config)

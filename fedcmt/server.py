@@ -62,7 +62,7 @@ class Server:
             backend=backend,
             initial_weights=initial_weights,
         )
-        strategy.check(clients)
+        strategy.check([client.name for client in clients])
         for client in clients:
             self._check(client)
         self.round_index = 0  # the last finished round

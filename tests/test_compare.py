@@ -158,14 +158,19 @@ def test_seeds_of_tuning_and_test_never_meet() -> None:
     assert comparing.TUNING_SEEDS_FROM + comparing.MAX_SEEDS - 1 < comparing.TEST_SEEDS_FROM
 
 
-def test_processes_share_the_work(config: Path, tmp_path: Path) -> None:
-    variants = parse_variants("fedavg")
-    result = compare(config, variants, 1, folder=tmp_path / "out", processes=2, say=lambda text: None)
-    assert [row.strategy for row in result.rows] == ["local", "local", "fedavg", "fedavg"]
+def test_other_processes_do_the_work_and_report_what_went_wrong(config: Path, tmp_path: Path) -> None:
+    """One run, so that only one process starts: starting one takes longer than the run."""
+    (tmp_path / "out" / "runs" / "local").mkdir(parents=True)
+    (tmp_path / "out" / "runs" / "local" / "seed-1000000").write_text("in the way")
+    with pytest.raises(RunError, match=r"1 of 1 runs failed; local, seed 1000000: .*Error"):
+        compare(config, parse_variants("local"), 1, folder=tmp_path / "out", processes=2, say=lambda text: None)
 
 
 def test_data_may_differ_by_seed(config: Path, tmp_path: Path) -> None:
     data = yaml.safe_load(config.read_text())
     data["raw"] = str(tmp_path / "{seed}" / "raw")
+    with pytest.raises(InputError, match="preprocessed data do not"):
+        compare(data, parse_variants("local"), 1, folder=tmp_path / "out")
+    data["preprocessed"] = str(tmp_path / "{seed}" / "preprocessed")
     with pytest.raises(InputError, match="1000000"):
         compare(data, parse_variants("local"), 1, folder=tmp_path / "out", say=lambda text: None)

@@ -191,6 +191,7 @@ def test_sgd_with_reset_and_batch_norm_runs(raw_datasets: Path, preprocessed: Pa
         (("clients", 0, "patch_size"), [16, 15, 16], ["client 'ct_plain'", "patch_size", "[16, 12, 16]"]),
         (("clients", 0, "fold"), 7, ["client 'ct_plain'", "fold"]),
         (("strategy",), "fedcmtx", ["unknown strategy"]),
+        (("strategy",), {"name": "tuned-weights", "client_weights": {"nobody": 1}}, ["no client 'nobody'"]),
         (("device",), "cuda:99", ["device"]),
     ],
 )

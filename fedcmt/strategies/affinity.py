@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from fedcmt import ops
@@ -21,6 +21,7 @@ from fedcmt.strategies.stages import stage_bounds
 
 Affinity = Annotated[float, Field(ge=0, le=1)]
 # Affinity to clients of the same task and modality, of the same task, of the same modality, and to others.
+_KINDS = ("same_task_and_modality", "same_task", "same_modality", "other")
 _PRESETS = {"spread": (1.0, 0.3, 0.1, 0.05), "clustered": (1.0, 0.0, 0.0, 0.0)}
 
 
@@ -41,9 +42,17 @@ class AffinitySettings(ServerSettings, ClientSettings):
     restore_norms: bool = Field(True, description="give mixed updates their mean length")
     by_cases: bool = Field(False, description="multiply weights by numbers of cases")
 
+    @model_validator(mode="after")
+    def _settings_of_the_chosen_similarity(self) -> AffinitySettings:
+        other = {"measured": ("preset", *_KINDS), "metadata": ("sharpness", "memory")}[self.similarity]
+        useless = [name for name in other if name in self.model_fields_set]
+        if useless:
+            raise ValueError(f"{useless[0]} has no use where similarity is {self.similarity}")
+        return self
+
     def affinities(self) -> tuple[float, float, float, float]:
         """Of the preset, unless set."""
-        own = (self.same_task_and_modality, self.same_task, self.same_modality, self.other)
+        own = [getattr(self, kind) for kind in _KINDS]
         chosen = [preset if value is None else value for value, preset in zip(own, _PRESETS[self.preset], strict=True)]
         return chosen[0], chosen[1], chosen[2], chosen[3]
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fedcmt.config import Settings
 from fedcmt.exchange import ClientDescription
-from fedcmt.strategies.base import DecoderRound, RoundUpdates, ServerSettings, Strategy, by_cases
+from fedcmt.strategies.base import DecoderRound, RoundUpdates, StepSettings, Strategy, by_cases
 from fedcmt.strategies.client_work import ClientWork
 from fedcmt.strategies.matching import matched_mean
 
@@ -22,8 +22,8 @@ class AsymFedAvg(Strategy):
     """
 
     name: ClassVar[str] = "asymfedavg"
-    settings_model: ClassVar[type[Settings]] = ServerSettings
-    settings: ServerSettings
+    settings_model: ClassVar[type[Settings]] = StepSettings
+    settings: StepSettings
     exchanges_decoders: ClassVar[bool] = True
     matches_adaptors: ClassVar[bool] = True
 

@@ -31,6 +31,11 @@ class ServerSettings(Settings):
     )
     server_momentum: float = Field(0.0, ge=0, lt=1)
     server_max_norm: float | None = Field(None, gt=0, description="largest Euclidean norm of d; default: none")
+
+
+class StepSettings(ServerSettings):
+    """Settings of a step with one vector of weights."""
+
     step_length: StepLength = Field(
         "plain",
         description="of d: plain; restored to the updates' mean length; or by FedExP's rule, never shorter than plain",
@@ -153,7 +158,7 @@ class Strategy(ABC):
 
     def combine(self, updates: RoundUpdates) -> Combination:
         """How the updates become the next encoders; one encoder from :meth:`weights` unless a strategy says more."""
-        rule: StepLength = self.settings.step_length if isinstance(self.settings, ServerSettings) else "plain"
+        rule: StepLength = self.settings.step_length if isinstance(self.settings, StepSettings) else "plain"
         return Combination(lengthened(self.weights(updates), updates.total_gram, rule))
 
     def encoder_key(self, client: ClientDescription) -> str:
@@ -168,8 +173,8 @@ class Strategy(ABC):
         """Bounds of parts of the encoder with weights of their own; None for none."""
         return None
 
-    def check(self, clients: Sequence[ClientDescription]) -> None:  # noqa: B027 (most have nothing to check)
-        """Look whether the settings fit the clients.
+    def check(self, clients: Sequence[str]) -> None:  # noqa: B027 (most have nothing to check)
+        """Look whether the settings fit the clients of these names.
 
         Raises:
             InputError: They do not.

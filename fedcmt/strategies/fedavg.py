@@ -9,10 +9,10 @@ from torch import Tensor
 
 from fedcmt.config import Settings
 from fedcmt.exchange import ClientDescription
-from fedcmt.strategies.base import AdaptorSharing, RoundUpdates, ServerSettings, Strategy, adaptor_key, by_cases
+from fedcmt.strategies.base import AdaptorSharing, RoundUpdates, StepSettings, Strategy, adaptor_key, by_cases
 
 
-class AveragingSettings(ServerSettings):
+class AveragingSettings(StepSettings):
     """Settings of strategies that share one encoder."""
 
     adaptors: AdaptorSharing = Field(

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from fedcmt.config import Settings
 from fedcmt.exchange import ClientDescription
-from fedcmt.strategies.base import SHARED, Combination, RoundUpdates, ServerSettings, Strategy, by_cases
+from fedcmt.strategies.base import SHARED, Combination, RoundUpdates, StepSettings, Strategy, by_cases
 from fedcmt.strategies.client_work import ClientSettings, ClientWork
 from fedcmt.strategies.conflict_averse import cagrad_weights
 from fedcmt.strategies.gram import lengthened
 
 
-class FedCMTSettings(ServerSettings, ClientSettings):
+class FedCMTSettings(StepSettings, ClientSettings):
     """Settings of FedCMT."""
 
     conflict_aversion: float = Field(

@@ -8,12 +8,12 @@ from pydantic import Field
 from torch import Tensor
 
 from fedcmt.config import Settings
-from fedcmt.strategies.base import RoundUpdates, ServerSettings, Strategy, by_cases
+from fedcmt.strategies.base import RoundUpdates, StepSettings, Strategy, by_cases
 from fedcmt.strategies.client_work import ClientWork, DistillationSettings
 from fedcmt.strategies.conflict_averse import cagrad_weights
 
 
-class FedCMTPaperSettings(ServerSettings):
+class FedCMTPaperSettings(StepSettings):
     """Settings of FedCMT as published: momentum 0.6, rate from 1.0 to 0.9 along a cosine, distillation."""
 
     server_momentum: float = Field(0.6, ge=0, lt=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fedcmt.config import Settings
 from fedcmt.ops import Optimizer
@@ -23,6 +23,13 @@ class FedOptSettings(AveragingSettings):
     server_momentum: float = Field(0.9, ge=0, lt=1, description="beta_1")
     beta2: float = Field(0.99, ge=0, lt=1)
     epsilon: float = Field(1e-3, gt=0, le=1, description="tau, the degree of adaptivity")
+
+    @model_validator(mode="after")
+    def _second_moment_is_there(self) -> FedOptSettings:
+        useless = {"beta2", "epsilon"} & self.model_fields_set
+        if self.optimizer == "sgd" and useless:
+            raise ValueError(f"{min(useless)} has no use where optimizer is sgd")
+        return self
 
 
 class FedOpt(FedAvg):

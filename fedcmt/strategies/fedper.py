@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fedcmt.config import Settings
 from fedcmt.exchange import ClientDescription
-from fedcmt.strategies.base import RoundUpdates, ServerSettings, Strategy, by_cases
+from fedcmt.strategies.base import RoundUpdates, StepSettings, Strategy, by_cases
 
 
 class FedPer(Strategy):
@@ -20,8 +20,8 @@ class FedPer(Strategy):
     """
 
     name: ClassVar[str] = "fedper"
-    settings_model: ClassVar[type[Settings]] = ServerSettings
-    settings: ServerSettings
+    settings_model: ClassVar[type[Settings]] = StepSettings
+    settings: StepSettings
 
     def weights(self, updates: RoundUpdates) -> Tensor:
         """w_i = |D_i| / sum_j |D_j|."""

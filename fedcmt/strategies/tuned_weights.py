@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fedcmt.config import Settings
 from fedcmt.errors import InputError
-from fedcmt.exchange import ClientDescription
 from fedcmt.strategies.base import RoundUpdates
 from fedcmt.strategies.fedavg import AveragingSettings, FedAvg
 
@@ -37,12 +36,11 @@ class TunedWeights(FedAvg):
         weights = torch.tensor(chosen, dtype=torch.float64)
         return weights / weights.sum() if bool(weights.any()) else weights
 
-    def check(self, clients: Sequence[ClientDescription]) -> None:
+    def check(self, clients: Sequence[str]) -> None:
         """Every weight names a client, and one is positive."""
-        names = [client.name for client in clients]
-        odd = sorted(set(self.settings.client_weights) - set(names))
+        odd = sorted(set(self.settings.client_weights) - set(clients))
         field = "strategy.client_weights"
         if odd:
-            raise InputError(f"no client '{odd[0]}'", field=field, fix=f"use {', '.join(sorted(names))}")
-        if not any(self.settings.client_weights.get(name, 1.0) for name in names):
+            raise InputError(f"no client '{odd[0]}'", field=field, fix=f"use {', '.join(sorted(clients))}")
+        if not any(self.settings.client_weights.get(name, 1.0) for name in clients):
             raise InputError("every client has weight 0", field=field, fix="give one a positive weight")
