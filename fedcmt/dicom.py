@@ -134,11 +134,11 @@ def dicom_cases(source: Path, num_channels: int, uids: Sequence[str] = ()) -> di
     """
     if source.is_file() and is_scan(source) and not uids:
         return {source.stem: (source,)}
-    if not source.is_dir():
-        return {}
-    folders = [source] if _holds_dicom(source) else sorted(path for path in source.iterdir() if _holds_dicom(path))
-    if any(has_ending(path, READABLE_ENDINGS) for path in source.iterdir()):
-        folders = []
+    folders: list[Path] = []
+    if source.is_dir() and not any(has_ending(path, READABLE_ENDINGS) for path in source.iterdir()):
+        folders = [source] if _holds_dicom(source) else sorted(path for path in source.iterdir() if _holds_dicom(path))
+    if uids and not folders:
+        raise InputError(f"{source} is no folder of DICOM slices", field="--series", fix="leave --series out")
     problems, cases = Problems(), {}
     for folder in folders:
         case = folder.resolve().name

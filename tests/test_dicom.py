@@ -86,6 +86,7 @@ def test_folders_of_series_are_cases(tmp_path: Path) -> None:
     (tmp_path / "all" / "empty").mkdir()
     assert list(dicom_cases(tmp_path / "all", 1)) == ["p1", "p2"]
     assert dicom_cases(tmp_path / "all" / "empty", 1) == {}
+    line_of(lambda: dicom_cases(tmp_path / "all" / "empty", 1, ["1.2"]), "--series")
     assert dicom_cases(tmp_path / "all" / "p1" / "notes.txt", 1) == {}
     shutil.copy(next((tmp_path / "all" / "p1").glob("IM*")), tmp_path / "all" / "p1" / "DICOMDIR")
     assert len(choose_series(tmp_path / "all" / "p1").files) == 6
