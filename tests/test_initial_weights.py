@@ -12,8 +12,9 @@ import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import nn
 
-from fedcmt.config import TopologyConfig
+from fedcmt.config import TopologyConfig, load_config
 from fedcmt.errors import InputError
+from fedcmt.federation import _initial_weights
 from fedcmt.files import write_tensors
 from fedcmt.initial_weights import read_weights, start_from
 from fedcmt.network import build_network
@@ -135,3 +136,25 @@ def test_truncated_and_foreign_files_are_refused(tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "other.pth")
     with pytest.raises(InputError, match="no 'network_weights'"):
         read_weights(tmp_path / "other.pth")
+
+
+def test_only_those_who_have_not_begun_read_their_checkpoint(tmp_path: Path) -> None:
+    for name in ("shared", "old", "new"):
+        write_tensors(tmp_path / f"{name}.safetensors", {"decoder.x": torch.ones(1)}, {})
+    clients = [
+        {
+            "name": name,
+            "dataset": 1,
+            "modality": "CT",
+            "joins_at_round": joins,
+            "initial_weights": f"{name}.safetensors",
+        }
+        for name, joins in (("old", 1), ("new", 3))
+    ]
+    settings = {"name": "study", "clients": clients, "initial_weights": "shared.safetensors"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        read = {first: {str(path) for path in _initial_weights(load_config(settings), first)} for first in (1, 2, 4)}
+    assert read[1] == {"shared.safetensors", "old.safetensors", "new.safetensors"}
+    assert read[2] == {"new.safetensors"}
+    assert not read[4]
