@@ -9,13 +9,14 @@ import torch
 from test_strategies import describe, make, of_round, updates_of
 from torch import Tensor
 
+from fedcmt.config import TopologyConfig
 from fedcmt.layout import FlatLayout, Segment
 from fedcmt.network import build_network, parameters_of
-from fedcmt.plans import TopologyConfig, TopologyContract
 from fedcmt.strategies.base import DecoderRound
 from fedcmt.strategies.conflict_averse import cagrad_weights
 from fedcmt.strategies.matching import matched_mean
 from fedcmt.strategies.stages import stage_bounds
+from fedcmt.topology import TopologyContract
 
 CLIENTS = [
     describe("a", "CT", 1),
