@@ -7,5 +7,5 @@ say "ruff and mypy"
 ruff check .
 mypy
 
-say "pytest"
-python -m pytest "$@"
+say "pytest, in two processes"
+OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile "$@"
