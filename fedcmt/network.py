@@ -17,6 +17,7 @@ from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecod
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 from torch import Tensor, nn
 
+CONFIGURATION = "3d_fullres"  # of nnU-Net's, the one whose plan describes our network
 Part = Literal["adaptor", "encoder", "decoder"]
 LSE_SHARPNESS = 5.0
 
@@ -162,7 +163,12 @@ _OPERATORS: dict[str, type[nn.Module]] = {
 
 
 def build_network(
-    architecture: Mapping[str, Any], input_channels: int, num_classes: int, *, deep_supervision: bool = False
+    architecture: Mapping[str, Any],
+    input_channels: int,
+    num_classes: int,
+    *,
+    deep_supervision: bool = False,
+    initialize: bool = True,
 ) -> nn.Module:
     """Build and initialise a network from the ``architecture`` block of a plan.
 
@@ -171,6 +177,7 @@ def build_network(
         input_channels: Channels of the client's images.
         num_classes: Output heads: labels including background, regions, or classes.
         deep_supervision: Return logits of every decoder stage (segmentation only).
+        initialize: Draw the weights; not where they are loaded next.
 
     Raises:
         ValueError: The plan names a class that FedCMT does not build.
@@ -186,7 +193,8 @@ def build_network(
     if _CLASSES[name] is FedCMTNet:
         kwargs["deep_supervision"] = deep_supervision
     network = _CLASSES[name](input_channels=input_channels, num_classes=num_classes, **kwargs)
-    network.apply(AdaptedEncoder.initialize)
+    if initialize:
+        network.apply(AdaptedEncoder.initialize)
     return network
 
 

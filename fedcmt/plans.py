@@ -22,7 +22,8 @@ from sklearn.model_selection import StratifiedKFold
 from fedcmt.config import ClientConfig, TopologyConfig
 from fedcmt.dataset import RawDataset
 from fedcmt.errors import InputError
-from fedcmt.preprocessing import CONFIGURATION, preprocessed_plan
+from fedcmt.network import CONFIGURATION
+from fedcmt.preprocessing import preprocessed_plan
 
 _NORMS = {
     "instance": ("torch.nn.modules.instancenorm.InstanceNorm3d", {"eps": 1e-5, "affine": True}),

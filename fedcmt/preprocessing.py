@@ -28,9 +28,9 @@ from scipy import ndimage
 from fedcmt.dataset import Case, RawDataset, check_images
 from fedcmt.errors import InputError
 from fedcmt.files import read_json, write_json
+from fedcmt.network import CONFIGURATION
 from fedcmt.volume import read_volume, write_segmentation
 
-CONFIGURATION = "3d_fullres"
 _RECORD = "fedcmt_preprocessed.json"
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedcmt.ops import _native, reference
 from fedcmt.ops._backend import Backend, cpu_execution, use_native
-from fedcmt.ops._taps import Taps, axis_taps, nearest_taps
+from fedcmt.ops.taps import Taps, all_taps
 
 
 def logits_to_labels(
@@ -52,10 +52,7 @@ def logits_to_labels(
     largest = max(region_values) if region_values is not None else len(logits) - 1
     labels = _output(out, tuple(int(n) for n in shape), largest)
     threshold = _region_threshold() if region_values is not None else 0.0
-    taps = [
-        (nearest_taps if axis == nearest_axis else axis_taps)(logits.shape[axis + 1], int(shape[axis]))
-        for axis in range(3)
-    ]
+    taps = all_taps(logits.shape[1:], shape, nearest_axis)
     with torch.no_grad():
         if use_native(backend, logits.device):
             finite = _native_labels(logits, weights, taps, region_values, threshold, labels)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedcmt.ops._stats import ScreenStats, StepStats
-from fedcmt.ops._taps import Taps
+from fedcmt.ops.taps import Taps, interpolated_slice
 
 # Elements widened to float64 at a time; bounds the memory to N x 8 MiB.
 _CHUNK = 1 << 20
@@ -195,20 +195,11 @@ def logits_to_labels(
     out: Tensor,
 ) -> bool:
     """Labels into `out`, a slice at a time; returns whether all logits were finite."""
-    tz, ty, tx = taps
-    finite = True
+    half = logits if weights is None else logits / weights
+    finite = bool((logits.abs() <= 65504).all() and (half.abs() <= 65504).all())
+    source = half.numpy()
     for z, labels in enumerate(out.numpy()):
-        sums = np.zeros((len(logits), len(ty.first), len(tx.first)))
-        # The corners one after the other, and each one's weights likewise: the order of SciPy's sums.
-        for slice_index, wz in ((tz.first[z], tz.w0[z]), (tz.second[z], tz.w1[z])):
-            half = logits[:, slice_index] if weights is None else logits[:, slice_index] / weights[slice_index]
-            finite &= bool((logits[:, slice_index].abs() <= 65504).all() and (half.abs() <= 65504).all())
-            source = half.double().numpy() * wz
-            for rows, wy in ((ty.first, ty.w0), (ty.second, ty.w1)):
-                scaled = source[:, rows] * wy[:, None]
-                sums += scaled[:, :, tx.first] * tx.w0
-                sums += scaled[:, :, tx.second] * tx.w1
-        rounded = sums.astype(np.float16)
+        rounded = interpolated_slice(source, z, taps).astype(np.float16)
         if region_values is None:
             labels[...] = rounded.argmax(0)
         else:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -48,3 +50,34 @@ def nearest_taps(size: int, target: int) -> Taps:
 def _taps(first: np.ndarray, w0: np.ndarray, w1: np.ndarray, size: int) -> Taps:
     first = first.astype(np.int32)
     return Taps(first, np.minimum(first + 1, np.int32(size - 1)), w0, w1)
+
+
+def all_taps(shape: Sequence[int], target: Sequence[int], nearest_axis: int | None) -> list[Taps]:
+    """Taps of the three axes, linear but for one that takes the nearest."""
+    return [(nearest_taps if axis == nearest_axis else axis_taps)(shape[axis], int(target[axis])) for axis in range(3)]
+
+
+def interpolated_slice(source: np.ndarray, index: int, taps: Sequence[Taps]) -> np.ndarray:
+    """One slice along the first axis, linearly interpolated along all three.
+
+    The corners come one after the other, and so do each one's weights: the order of SciPy's sums, for equal roundings.
+
+    Args:
+        source: Any floating point  # [..., D, H, W]
+        index: Of the slice, 0..D'-1.
+        taps: Of D, H and W.
+
+    Returns:
+        float64  # [..., H', W']
+    """
+    tz, ty, tx = taps
+    sums: Any = 0.0
+    for plane, wz in ((tz.first[index], tz.w0[index]), (tz.second[index], tz.w1[index])):
+        if wz == 0:
+            continue
+        weighted = source[..., plane, :, :].astype(np.float64) * wz
+        for rows, wy in ((ty.first, ty.w0), (ty.second, ty.w1)):
+            scaled = weighted[..., rows, :] * wy[:, None]
+            sums = sums + scaled[..., tx.first] * tx.w0
+            sums += scaled[..., tx.second] * tx.w1
+    return sums
