@@ -201,7 +201,7 @@ void project_conflicts_cpu(Address grams, int num_grams, int num_updates, Addres
                                  pointer<const int64_t>(order), pointer<double>(coefficients));
 }
 
-using Taps = std::tuple<Address, Address, Address, int64_t>;  // first, w0, w1, size
+using Taps = std::tuple<Address, Address, Address, Address, int64_t>;  // as in AxisTaps
 using Strides = std::vector<int64_t>;
 
 // logits and labels come with all their strides, weights (0 for none) with all of theirs; shape is
@@ -224,9 +224,9 @@ bool logits_to_labels_cpu(Address logits, const Strides& shape, const Strides& l
   a.num_heads = static_cast<int>(shape[0]);
   std::copy_n(shape.begin() + 1, 3, a.shape);
   for (int axis = 0; axis < 3; ++axis) {
-    const auto& [first, w0, w1, size] = taps[axis];
-    a.taps[axis] = {pointer<const int32_t>(first), pointer<const double>(w0),
-                    pointer<const double>(w1), size};
+    const auto& [first, second, w0, w1, size] = taps[axis];
+    a.taps[axis] = {pointer<const int32_t>(first), pointer<const int32_t>(second),
+                    pointer<const double>(w0), pointer<const double>(w1), size};
   }
   a.region_values = pointer<const int32_t>(region_values);
   a.region_threshold = threshold;

@@ -5,12 +5,12 @@
 
 namespace fedcmt {
 
-// Linear interpolation along one axis: result[i] = w0[i] * source[first[i]] + w1[i] * source[next],
-// next being first[i] + 1, or first[i] at the end of the axis.
+// Linear interpolation along one axis: result[i] = w0[i] * source[first[i]] + w1[i] * source[second[i]].
 struct AxisTaps {
-  const int32_t* first;  // [size]
-  const double* w0;      // [size]
-  const double* w1;      // [size], 0 where only one sample counts
+  const int32_t* first;   // [size]
+  const int32_t* second;  // [size], first + 1, or first at the edges
+  const double* w0;       // [size]
+  const double* w1;       // [size], 0 where only one sample counts
   int64_t size;
 };
 

@@ -153,11 +153,19 @@ def _network(path: Path, plans: dict[str, Any], configuration: str, dataset_json
     try:
         manager = PlansManager(plans)
         plan = manager.get_configuration(configuration)
+        if plan.previous_stage_name is not None:
+            raise InputError(
+                f"{path} is the second stage of a cascade and needs the first one's labels",
+                field="configuration",
+                fix="use nnUNetv2_predict for cascades",
+            )
         channels = determine_num_input_channels(manager, plan, dataset_json)
         heads = manager.get_label_manager(dataset_json).num_segmentation_heads
         architecture = plan.configuration["architecture"]
         with torch.device("meta"):
             return _built(architecture, channels, heads)
+    except InputError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError, ImportError, AssertionError, RuntimeError) as error:
         raise InputError(
             f"{path} describes no network that can be built here ({type(error).__name__}: {error})", field="plans"

@@ -76,12 +76,6 @@ class Segmenter:
         self._tiling = Tiling(tuple(self.configuration.patch_size), tile_step_size, axes)
 
     def _check(self) -> None:
-        if self.configuration.previous_stage_name is not None:
-            raise InputError(
-                f"{self.model.name} is the second stage of a cascade and needs the first one's labels",
-                field="configuration",
-                fix="use nnUNetv2_predict for cascades",
-            )
         reader = self._manager.image_reader_writer_class.__name__
         if reader not in _READERS:
             raise InputError(

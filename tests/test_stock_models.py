@@ -95,7 +95,8 @@ def test_probabilities_equal_nnunets(model: Path, scan: Path, tmp_path: Path) ->
     predictor = Predictor.from_model_folder(model, [0], device="cpu", mirroring=False)
     ours = predictor.predict_case(read_volume(scan), probabilities=True)
     assert np.array_equal(ours.labels, labels)
-    assert np.array_equal(ours.probabilities, probabilities)
+    # Half-precision logits are equal; torch's softmax depends in its last bit on how threads share the work.
+    np.testing.assert_allclose(ours.probabilities, probabilities, rtol=0, atol=2e-7)
 
 
 def test_stock_checkpoint_is_refused_by_torch_alone(model: Path) -> None:

@@ -81,14 +81,14 @@ FEDCMT_CLONES void scale_row(const float* row, int64_t count, double wz, double 
 
 // rows: those of one to four corners, in order.
 FEDCMT_CLONES void interpolate(const double* const* rows, int num_rows, const AxisTaps& taps,
-                               const int32_t* next, double* sums) {
+                               double* sums) {
   const int64_t count = taps.size;
-  const int32_t* first = taps.first;
+  const int32_t *first = taps.first, *second = taps.second;
   const double *w0 = taps.w0, *w1 = taps.w1;
   if (num_rows == 4) {
     const double *a = rows[0], *b = rows[1], *c = rows[2], *d = rows[3];
     for (int64_t x = 0; x < count; ++x) {
-      const int32_t i = first[x], j = next[x];
+      const int32_t i = first[x], j = second[x];
       double sum = a[i] * w0[x];
       sum += a[j] * w1[x];
       sum += b[i] * w0[x];
@@ -106,7 +106,7 @@ FEDCMT_CLONES void interpolate(const double* const* rows, int num_rows, const Ax
     const double* row = rows[k];
     for (int64_t x = 0; x < count; ++x) {
       double sum = sums[x] + row[first[x]] * w0[x];
-      sums[x] = sum + row[next[x]] * w1[x];
+      sums[x] = sum + row[second[x]] * w1[x];
     }
   }
 }
@@ -140,9 +140,8 @@ void store_row(const int32_t* labels, int64_t count, int64_t stride, T* to) {
 // What one thread needs: the normalised source rows around an output row, and that row's values.
 class RowWorker {
  public:
-  RowWorker(const LabelArguments& arguments, const int32_t* next)
+  explicit RowWorker(const LabelArguments& arguments)
       : a_(arguments),
-        next_(next),
         width_(arguments.shape[2]),
         rows_(4 * arguments.num_heads * width_),
         scaled_(4 * width_),
@@ -158,9 +157,9 @@ class RowWorker {
       for (int j = 0; j < 2; ++j) {
         const double wy = j == 0 ? ty.w0[y] : ty.w1[y];
         if (wz == 0.0 || wy == 0.0) continue;
-        const int64_t sz = std::min<int64_t>(tz.first[z] + i, a_.shape[0] - 1);
-        const int64_t sy = std::min<int64_t>(ty.first[y] + j, a_.shape[1] - 1);
-        corner_[corners_++] = {cached(sz, sy), wz, wy};
+        const int64_t source_z = i == 0 ? tz.first[z] : tz.second[z];
+        const int64_t source_y = j == 0 ? ty.first[y] : ty.second[y];
+        corner_[corners_++] = {cached(source_z, source_y), wz, wy};
       }
     }
     decide();
@@ -204,7 +203,7 @@ class RowWorker {
         scale_row(corner_[i].rows + k * width_, width_, corner_[i].wz, corner_[i].wy, scaled);
         rows[i] = scaled;
       }
-      interpolate(rows, corners_, a_.taps[2], next_, sums_.data());
+      interpolate(rows, corners_, a_.taps[2], sums_.data());
       if (a_.region_values == nullptr) {
         keep_largest(sums_.data(), count, k, largest_.data(), labels_.data());
       } else {
@@ -225,7 +224,6 @@ class RowWorker {
   }
 
   const LabelArguments& a_;
-  const int32_t* next_;  // [W']
   int64_t width_;
   std::vector<float> rows_;
   std::vector<double> scaled_, sums_;
@@ -243,15 +241,10 @@ bool logits_to_labels(const LabelArguments& arguments, int num_threads) {
   const int64_t depth = arguments.taps[0].size, height = arguments.taps[1].size;
   const int64_t pieces_per_slice = (height + kRowsPerPiece - 1) / kRowsPerPiece;
   const int64_t pieces = depth * pieces_per_slice;
-  const AxisTaps& taps = arguments.taps[2];
-  std::vector<int32_t> next(taps.size);
-  for (int64_t x = 0; x < taps.size; ++x) {
-    next[x] = std::min<int32_t>(taps.first[x] + 1, static_cast<int32_t>(arguments.shape[2]) - 1);
-  }
   bool finite = true;
 #pragma omp parallel num_threads(usable_threads(num_threads, pieces)) reduction(&& : finite)
   {
-    RowWorker worker(arguments, next.data());
+    RowWorker worker(arguments);
 #pragma omp for schedule(static)
     for (int64_t piece = 0; piece < pieces; ++piece) {
       const int64_t z = piece / pieces_per_slice, begin = piece % pieces_per_slice * kRowsPerPiece;

@@ -126,7 +126,7 @@ def _native_labels(
             list(logits.stride()),
             0 if weights is None else weights.data_ptr(),
             [0, 0, 1] if weights is None else list(weights.stride()),
-            [(t.first.ctypes.data, t.w0.ctypes.data, t.w1.ctypes.data, len(t.first)) for t in taps],
+            [(*(a.ctypes.data for a in (t.first, t.second, t.w0, t.w1)), len(t.first)) for t in taps],
             0 if values is None else values.ctypes.data,
             threshold,
             labels.data_ptr(),

@@ -15,7 +15,7 @@ class Taps:
 
     Attributes:
         first: int32  # [m]
-        second: int32, the next sample, or `first` at the end of the axis  # [m]
+        second: int32, the next sample, at the edges the same  # [m]
         w0: float64  # [m]
         w1: float64  # [m]
     """
@@ -31,9 +31,10 @@ def axis_taps(size: int, target: int) -> Taps:
 
     Equivalent to: `scipy.ndimage.zoom(source, target / size, order=1, mode="nearest", grid_mode=True)`
     """
-    places = np.clip((np.arange(target) + 0.5) * (size / target) - 0.5, 0, size - 1)
+    places = (np.arange(target) + 0.5) * (size / target) - 0.5
     first = np.floor(places)
     w0 = 1 - (places - first)
+    # Beyond the edges SciPy takes the edge's sample twice, with both weights.
     return _taps(first, w0, 1 - w0, size)
 
 
@@ -48,8 +49,8 @@ def nearest_taps(size: int, target: int) -> Taps:
 
 
 def _taps(first: np.ndarray, w0: np.ndarray, w1: np.ndarray, size: int) -> Taps:
-    first = first.astype(np.int32)
-    return Taps(first, np.minimum(first + 1, np.int32(size - 1)), w0, w1)
+    indices = [np.clip(index, 0, size - 1).astype(np.int32) for index in (first, first + 1)]
+    return Taps(*indices, w0, w1)
 
 
 def all_taps(shape: Sequence[int], target: Sequence[int], nearest_axis: int | None) -> list[Taps]:
