@@ -10,12 +10,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from fedcmt.case_progress import open_progress
 from fedcmt.checkpoint import ClientFolder, existing_client
 from fedcmt.command import run_command
 from fedcmt.errors import InputError, RunError
 from fedcmt.models import CHECKPOINT, NnunetFolder
+from fedcmt.precision import Precision
 from fedcmt.predictor import Outputs, Prediction, Predictor
 
 __all__ = ["ENDINGS", "Outputs", "Prediction", "Predictor", "find_cases", "main"]
@@ -98,6 +100,12 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda[:i] (default auto)")
     parser.add_argument("--disable-mirroring", action="store_true", help="8 times faster, a little less accurate")
     parser.add_argument("--tile-step-size", type=float, default=0.5, help="distance of tiles in patches (default 0.5)")
+    parser.add_argument(
+        "--precision",
+        choices=get_args(Precision),
+        default="exact",
+        help="fast: OpenVINO on CPUs, same labels but for rounding; bf16: faster still, after a check that is printed",
+    )
     also = parser.add_argument_group("written beside each label map (segmentation)")
     also.add_argument("--save-probabilities", action="store_true", help="CASE.npz")
     also.add_argument("--save-entropy", action="store_true", help="CASE_entropy.nii.gz, 0 certain to 1 undecided")
@@ -126,8 +134,11 @@ def _predict(options: argparse.Namespace) -> None:
         device=options.device,
         mirroring=not options.disable_mirroring,
         tile_step_size=options.tile_step_size,
+        precision=options.precision,
     )
     outputs = Outputs(options.save_probabilities, options.save_entropy, options.save_previews)
+    if predictor.task == "classification" and options.precision != "exact":
+        raise InputError("this model classifies, which is always exact", field="--precision", fix="leave it out")
     if predictor.task == "classification" and outputs != Outputs():
         raise InputError("this model classifies: its probabilities are in predictions.csv", field="--save-...")
     cases = find_cases(options.input, predictor.num_channels)

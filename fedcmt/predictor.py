@@ -20,6 +20,7 @@ from fedcmt.errors import InputError
 from fedcmt.files import write_bytes, write_text
 from fedcmt.models import NnunetFolder, open_model
 from fedcmt.pipeline import Pipeline
+from fedcmt.precision import Precision, check_precision
 from fedcmt.segmenter import Prepared, Segmenter
 from fedcmt.volume import Volume, read_volume, write_segmentation, write_volume
 from fedcmt.windows import Logits, OnTile
@@ -86,6 +87,7 @@ class Predictor:
         device: ``auto``, ``cpu`` or ``cuda[:i]``.
         mirroring: Average over mirrored inputs, 8 network calls a tile instead of 1.
         tile_step_size: Distance of tiles, in patches.
+        precision: ``exact``; on CPUs also ``fast`` (OpenVINO, float32) or ``bf16``, for segmentation.
 
     Raises:
         InputError: The models' files are damaged or do not fit each other.
@@ -98,13 +100,19 @@ class Predictor:
         device: str = "auto",
         mirroring: bool = True,
         tile_step_size: float = 0.5,
+        precision: Precision = "exact",
     ) -> None:
         self._device = choose_device(device)
+        check_precision(precision, self._device)
         folders = [folder] if isinstance(folder, (ClientFolder, NnunetFolder)) else list(folder)
         if not folders:
             raise ValueError("`folder` should be at least one model. Got none")
-        options = {"mirroring": mirroring, "tile_step_size": tile_step_size}
-        self._models = [Segmenter(open_model(one), self._device, **options) for one in folders]  # type: ignore[arg-type]
+        self._models = [
+            Segmenter(
+                open_model(one), self._device, mirroring=mirroring, tile_step_size=tile_step_size, precision=precision
+            )
+            for one in folders
+        ]
         self._model = self._models[0].model
         for other in self._models[1:]:
             _check_same_outputs(self._models[0], other)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,9 +16,10 @@ from torch import Tensor
 from fedcmt.errors import InputError, RunError
 from fedcmt.models import Model
 from fedcmt.ops import logits_to_labels
+from fedcmt.precision import LEAST_AGREEMENT, PARITY_TILES, Precision, agreement, faster_network
 from fedcmt.resampling import is_replaceable, nearest_axis_of, resample_linear, resampling_function
 from fedcmt.volume import Volume
-from fedcmt.windows import Logits, OnTile, Tiling, predict_tiles
+from fedcmt.windows import Logits, Network, OnTile, Tiling, predict_tiles, sample_tiles
 
 # What they read equals what `read_volume` does; the others turn the axes, or read no volumes.
 _READERS = ("SimpleITKIO", "NibabelIO")
@@ -59,15 +61,29 @@ class Segmenter:
         device: Where it runs.
         mirroring: Average over mirrored inputs, 8 network calls a tile instead of 1.
         tile_step_size: Distance of tiles, in patches.
+        precision: ``exact``, or ``fast`` or ``bf16`` on CPUs.
+        note: Told what a user should know, such as how far bfloat16 agrees.
 
     Raises:
         InputError: The model needs what is not supported here.
     """
 
-    def __init__(self, model: Model, device: torch.device, *, mirroring: bool, tile_step_size: float) -> None:
+    def __init__(
+        self,
+        model: Model,
+        device: torch.device,
+        *,
+        mirroring: bool,
+        tile_step_size: float,
+        precision: Precision = "exact",
+        note: Callable[[str], None] = print,
+    ) -> None:
         self.model = model
         self._device = device
         self._network = model.network.to(device)
+        self._precision: Precision = precision
+        self._note = note
+        self._faster: dict[int, Network] = {}
         self._manager = PlansManager(deepcopy(model.plans))
         self.configuration = _FastConfiguration(self._manager.get_configuration(model.configuration).configuration)
         self._check()
@@ -95,19 +111,45 @@ class Segmenter:
 
     def predict(self, case: Prepared, on_tile: OnTile | None = None) -> Logits:
         """Logits on the model's grid; those of several folds are averaged in half precision, as nnU-Net does."""
-        if not self.model.folds:
-            return self._predict(case, on_tile)
+        folds = self.model.folds
+        if not folds:
+            return self._predict(case, self._network_for(0, case), on_tile)
         mean: Tensor | None = None
-        for weights in self.model.folds:
+        for fold, weights in enumerate(folds):
             self._network.load_state_dict(weights, assign=True)
             self._network.to(self._device)
-            logits = _finite(self._predict(case, on_tile).divided(), self.model)
+            logits = _finite(self._predict(case, self._network_for(fold, case), on_tile).divided(), self.model)
             mean = logits if mean is None else mean.add_(logits)
-        return Logits(torch.as_tensor(mean).div_(len(self.model.folds)), None)
+        return Logits(torch.as_tensor(mean).div_(len(folds)), None)
 
-    def _predict(self, case: Prepared, on_tile: OnTile | None) -> Logits:
+    def _predict(self, case: Prepared, network: Network, on_tile: OnTile | None) -> Logits:
         heads = self.label_manager.num_segmentation_heads
-        return predict_tiles(self._network, case.image, heads, self._tiling, self._device, on_tile)
+        return predict_tiles(network, case.image, heads, self._tiling, self._device, on_tile)
+
+    def _network_for(self, fold: int, case: Prepared) -> Network:
+        """The network, which holds a fold's weights, in the precision asked for."""
+        if self._precision == "exact":
+            return self._network
+        if fold not in self._faster:
+            shape = (1, len(case.image), *self._tiling.patch_size)
+            faster = faster_network(self._network, self._precision, shape)
+            if self._precision == "bf16" and not self._agrees(faster, case):
+                self._precision = "exact"
+                return self._network
+            self._faster[fold] = faster
+        return self._faster[fold]
+
+    def _agrees(self, faster: Network, case: Prepared) -> bool:
+        """Compare bfloat16 with the exact network on tiles of the first case."""
+        patches = sample_tiles(case.image, self._tiling, PARITY_TILES)
+        regions = self.label_manager.has_regions
+        share = agreement(self._network, faster, patches, (lambda x: x > 0) if regions else (lambda x: x.argmax(1)))
+        enough = share >= LEAST_AGREEMENT
+        self._note(
+            f"{self.model.name}: bf16 gives the same label in {100 * share:.3f} % of the voxels of {len(patches)} tiles"
+            + ("" if enough else f", less than {100 * LEAST_AGREEMENT:g} %: going on with the exact network")
+        )
+        return enough
 
     def labels(self, logits: Logits, case: Prepared) -> np.ndarray:
         """Label map on the case's grid `[D, H, W]`.

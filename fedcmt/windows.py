@@ -102,6 +102,16 @@ def tile_positions(shape: Sequence[int], tiling: Tiling) -> list[tuple[slice | i
     return [(slice(None), index, *tile) for index in range(shape[0]) for tile in slices]
 
 
+def sample_tiles(image: Tensor, tiling: Tiling, count: int) -> list[Tensor]:
+    """Some tiles of a volume `[C, D, H, W]` from its middle outwards, each `[1, C, ...]`."""
+    from acvl_utils.cropping_and_padding.padding import pad_nd_image
+
+    padded = pad_nd_image(image, tiling.patch_size, "constant", {"value": 0})
+    tiles = tile_positions(tuple(padded.shape[1:]), tiling)
+    middle = sorted(range(len(tiles)), key=lambda index: abs(index - len(tiles) // 2))[:count]
+    return [padded[tiles[index]][None].contiguous() for index in middle]
+
+
 def _mirrored(network: Network, patch: Tensor, axes: Sequence[int]) -> Tensor:
     """The mean over all mirror images, in nnU-Net's order of sums."""
     logits = network(patch)

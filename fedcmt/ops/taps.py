@@ -50,7 +50,7 @@ def nearest_taps(size: int, target: int) -> Taps:
 
 def _taps(first: np.ndarray, w0: np.ndarray, w1: np.ndarray, size: int) -> Taps:
     indices = [np.clip(index, 0, size - 1).astype(np.int32) for index in (first, first + 1)]
-    return Taps(*indices, w0, w1)
+    return Taps(indices[0], indices[1], w0, w1)
 
 
 def all_taps(shape: Sequence[int], target: Sequence[int], nearest_axis: int | None) -> list[Taps]:
