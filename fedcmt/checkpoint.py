@@ -22,6 +22,7 @@ from fedcmt.model_checks import check_model, check_topology
 from fedcmt.network import CONFIGURATION, build_network, configuration_name
 from fedcmt.topology import contract_digest
 
+FACTS = "model.json"  # of a client, and of an exported model folder
 CROSS_FILE = "cross_evaluation.json"
 _STATE = re.compile(r"round-(\d{4,})\.safetensors")
 _KEPT_ROUNDS = 2  # should the newest be damaged, the one before still stands
@@ -70,7 +71,7 @@ class ClientFolder:
     @property
     def facts(self) -> Path:
         """What inference must know beyond the plans: task, mirroring."""
-        return self.path / "model.json"
+        return self.path / FACTS
 
     @property
     def model(self) -> Path:
@@ -272,7 +273,7 @@ def export_nnunet_model(folder: ClientFolder, target: Path) -> None:
     shutil.rmtree(part, ignore_errors=True)
     write_json(part / "plans.json", plans)
     write_json(part / "dataset.json", dataset_json)
-    write_json(part / "model.json", facts)
+    write_json(part / FACTS, facts)
     checkpoint = io.BytesIO()
     torch.save(
         {

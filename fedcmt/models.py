@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedcmt.checkpoint import ClientFolder, load_model
+from fedcmt.checkpoint import FACTS, ClientFolder, load_model
 from fedcmt.errors import InputError
 from fedcmt.files import check_same_tensors, read_json
-from fedcmt.network import build_network, configuration_name
+from fedcmt.network import FedCMTClassifier, build_network, configuration_name
 
 CHECKPOINT = "checkpoint_final.pth"
 
@@ -32,6 +32,7 @@ _SCALARS: list[Any] = [
 ]
 _ARCHITECTURES = "dynamic_network_architectures.architectures."
 _OPERATORS = "torch.nn."
+_CLASSIFIER = f"{FedCMTClassifier.__module__}.{FedCMTClassifier.__name__}"
 
 
 @dataclass(frozen=True)
@@ -105,14 +106,27 @@ def _nnunet_model(folder: NnunetFolder) -> Model:
         weights = [checkpoint["network_weights"] for checkpoint in checkpoints]
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{files[0]} is no checkpoint of nnU-Net ({error!r} is missing)", field="-m") from None
-    network = _network(folder.path, plans, configuration, dataset_json)
+    names = _class_names(folder.path)
+    network = _network(folder.path, plans, configuration, dataset_json, names)
     for file, fold in zip(files, weights, strict=True):
         check_same_tensors(network.state_dict(), fold, source=file)
     network.load_state_dict(weights[0], assign=True)
     folds = tuple(weights) if len(weights) > 1 else ()
-    return Model(
-        folder.path.name, network.eval(), folds, plans, configuration, dataset_json, tuple(map(int, mirror_axes))
-    )
+    axes = tuple(map(int, mirror_axes))
+    return Model(folder.path.name, network.eval(), folds, plans, configuration, dataset_json, axes, names)
+
+
+def _class_names(path: Path) -> tuple[str, ...]:
+    """Of an exported client that classifies, for which nnU-Net's files have no place; empty for all others."""
+    if not (path / FACTS).is_file():
+        return ()
+    facts = read_json(path / FACTS)
+    if not isinstance(facts, dict) or facts.get("task") != "classification":
+        return ()
+    names = facts.get("class_names")
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{path / FACTS} has class_names {names!r:.60}, expected names", field="-m")
+    return tuple(names)
 
 
 def _folds(folder: NnunetFolder) -> Sequence[str]:
@@ -145,7 +159,9 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is missing, truncated or no checkpoint ({reason})", field="-m") from None
 
 
-def _network(path: Path, plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any]) -> nn.Module:
+def _network(
+    path: Path, plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any], class_names: Sequence[str]
+) -> nn.Module:
     """The network that the plans describe, without weights. nnU-Net would search its trainers for a class to ask."""
     from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -160,8 +176,10 @@ def _network(path: Path, plans: dict[str, Any], configuration: str, dataset_json
                 fix="use nnUNetv2_predict for cascades",
             )
         channels = determine_num_input_channels(manager, plan, dataset_json)
-        heads = manager.get_label_manager(dataset_json).num_segmentation_heads
+        heads = len(class_names) or manager.get_label_manager(dataset_json).num_segmentation_heads
         architecture = plan.configuration["architecture"]
+        if (architecture["network_class_name"] == _CLASSIFIER) != bool(class_names):
+            raise ValueError(f"{FACTS} should name classes exactly for a classifier")
         with torch.device("meta"):
             return _built(architecture, channels, heads)
     except InputError:

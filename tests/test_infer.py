@@ -252,3 +252,11 @@ def test_an_exported_folder_predicts_as_its_client(finished: Path, raw_datasets:
     exported = Predictor.from_model_folder(finished / "clients" / "ct_regions" / "model", **options)
     client = Predictor.from_workspace(finished, "ct_regions", **options)
     assert np.array_equal(exported.predict(volume).data, client.predict(volume).data)
+
+
+def test_an_exported_classifier_predicts_as_its_client(finished: Path, raw_datasets: Path, tmp_path: Path) -> None:
+    images, model = raw_datasets / "Dataset804_Classes" / "imagesTs", finished / "clients" / "mr_class" / "model"
+    assert run(finished, "mr_class", images, tmp_path / "client") == 0
+    assert main(["-m", str(model), "-i", str(images), "-o", str(tmp_path / "exported")]) == 0
+    written = [(tmp_path / name / "predictions.csv").read_text() for name in ("client", "exported")]
+    assert written[0] == written[1]
