@@ -13,6 +13,7 @@ from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from fedcmt.files import read_json
 from fedcmt.infer import main
 from fedcmt.orientation import ORIENTATIONS_KEY, fitted_scan, reoriented
+from fedcmt.predictor import entropy_map
 from fedcmt.volume import axis_codes, read_volume, write_segmentation, write_volume
 
 OBLIQUE = np.array([[-0.7, 0.2, 0.1, 5.0], [0.15, 1.1, -0.3, -7.0], [0.1, 0.2, 3.0, 11.0], [0, 0, 0, 1]])
@@ -108,7 +109,8 @@ def test_a_turned_scan_gets_the_labels_of_the_unturned_one(
     ]
     assert main([*options, "-i", str(tmp_path / "scan.nii.gz"), "--reorient"]) == 0
     assert "warning" not in capsys.readouterr().err
-    assert main([*options, "-i", str(tmp_path / "turned.nii.gz"), "--reorient", "--save-probabilities"]) == 0
+    maps = ("--save-probabilities", "--save-entropy")
+    assert main([*options, "-i", str(tmp_path / "turned.nii.gz"), "--reorient", *maps]) == 0
     expected, found = (nibabel.load(tmp_path / "out" / f"{name}.nii.gz") for name in ("scan", "turned"))
     np.testing.assert_array_equal(found.affine, turned.affine)
     back = found.as_reoriented(ornt_transform(io_orientation(found.affine), io_orientation(expected.affine)))
@@ -116,5 +118,9 @@ def test_a_turned_scan_gets_the_labels_of_the_unturned_one(
     np.testing.assert_array_equal(np.asarray(back.dataobj), np.asarray(expected.dataobj))
     with np.load(tmp_path / "out" / "turned.npz") as stored:
         assert stored["probabilities"].shape[1:] == found.shape[::-1]
+        expected_entropy = entropy_map(stored["probabilities"], regions=False)
+    entropy = read_volume(tmp_path / "out" / "turned_entropy.nii.gz")
+    np.testing.assert_allclose(entropy.data[0], expected_entropy, atol=1e-6)
+    np.testing.assert_allclose(entropy.affine, turned.affine)
     assert main([*options, "-i", str(tmp_path / "turned.nii.gz")]) == 0
     assert "axes point to SRA" in capsys.readouterr().err
