@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
+from fedcmt.errors import InputError
 from fedcmt.files import read_json
 from fedcmt.infer import main
 from fedcmt.orientation import ORIENTATIONS_KEY, fitted_scan, reoriented
@@ -85,6 +86,13 @@ def test_only_an_unknown_orientation_is_remarked_on(tmp_path: Path, capsys: pyte
     volume.data[:] = 7
     fitted_scan(volume, {}, ["CT"], "a")
     assert "channel 'CT' is constant (7)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stored", [3, ["LPS"], {"LPS": "2"}, {"LLS": 1}, {"XYZ": 1}, {"": 1}])
+def test_orientations_that_are_none_are_refused(tmp_path: Path, stored: object) -> None:
+    volume = read_volume(write_scan(tmp_path / "a.nii.gz", OBLIQUE))
+    with pytest.raises(InputError, match="has training_orientations"):
+        fitted_scan(volume, {ORIENTATIONS_KEY: stored}, ["CT"], "a", reorient=True)
 
 
 def test_a_turned_scan_gets_the_labels_of_the_unturned_one(
