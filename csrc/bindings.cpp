@@ -2,10 +2,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <memory>
 #include <stdexcept>
 #include <tuple>
 
+#include "labels.h"
 #include "ops.h"
 
 namespace py = pybind11;
@@ -199,6 +201,42 @@ void project_conflicts_cpu(Address grams, int num_grams, int num_updates, Addres
                                  pointer<const int64_t>(order), pointer<double>(coefficients));
 }
 
+using Taps = std::tuple<Address, Address, Address, Address, int64_t>;  // as in AxisTaps
+using Strides = std::vector<int64_t>;
+
+// logits and labels come with all their strides, weights (0 for none) with all of theirs; shape is
+// that of the logits, K included; region_values is 0 for labels.
+bool logits_to_labels_cpu(Address logits, const Strides& shape, const Strides& logit_strides,
+                          Address weights, const Strides& weight_strides,
+                          const std::vector<Taps>& taps, Address region_values, float threshold,
+                          Address labels, const Strides& label_strides, int label_bytes,
+                          int num_threads) {
+  if (shape.size() != 4 || logit_strides.size() != 4 || weight_strides.size() != 3 ||
+      taps.size() != 3 || label_strides.size() != 3 || logit_strides[3] != 1 ||
+      weight_strides[2] != 1 || (label_bytes != 1 && label_bytes != 2)) {
+    throw py::value_error("logits should be [K, D, H, W], weights and labels [D, H, W]");
+  }
+  fedcmt::LabelArguments a{};
+  a.logits = pointer<const uint16_t>(logits);
+  std::copy_n(logit_strides.begin(), 3, a.logit_strides);
+  a.weights = pointer<const uint16_t>(weights);
+  std::copy_n(weight_strides.begin(), 2, a.weight_strides);
+  a.num_heads = static_cast<int>(shape[0]);
+  std::copy_n(shape.begin() + 1, 3, a.shape);
+  for (int axis = 0; axis < 3; ++axis) {
+    const auto& [first, second, w0, w1, size] = taps[axis];
+    a.taps[axis] = {pointer<const int32_t>(first), pointer<const int32_t>(second),
+                    pointer<const double>(w0), pointer<const double>(w1), size};
+  }
+  a.region_values = pointer<const int32_t>(region_values);
+  a.region_threshold = threshold;
+  a.labels = pointer<void>(labels);
+  std::copy_n(label_strides.begin(), 3, a.label_strides);
+  a.label_bytes = label_bytes;
+  const py::gil_scoped_release release;
+  return fedcmt::cpu::logits_to_labels(a, num_threads);
+}
+
 void define_cpu(py::module_& m) {
   m.def("gramian_cpu", &gramian_cpu);
   m.def("gramian_row_cpu", &gramian_row_cpu);
@@ -206,6 +244,7 @@ void define_cpu(py::module_& m) {
   m.def("weighted_mean_cpu", &weighted_mean_cpu);
   m.def("screen_cpu", &screen_cpu);
   m.def("project_conflicts_cpu", &project_conflicts_cpu);
+  m.def("logits_to_labels_cpu", &logits_to_labels_cpu);
   m.def("available_cpu_paths", &fedcmt::cpu::available_paths);
   m.def("cpu_path", &fedcmt::cpu::current_path);
   m.def("set_cpu_path", &fedcmt::cpu::set_path, py::arg("name"));

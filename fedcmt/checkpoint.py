@@ -17,12 +17,12 @@ from typing import Any
 import torch
 
 from fedcmt.errors import InputError
-from fedcmt.files import copy_into, read_json, read_tensors, write_bytes, write_json, write_text
+from fedcmt.files import check_same_tensors, read_json, read_tensors, write_bytes, write_json, write_text
 from fedcmt.model_checks import check_model, check_topology
-from fedcmt.network import build_network
-from fedcmt.preprocessing import CONFIGURATION, configuration_name
+from fedcmt.network import CONFIGURATION, build_network, configuration_name
 from fedcmt.topology import contract_digest
 
+FACTS = "model.json"  # of a client, and of an exported model folder
 CROSS_FILE = "cross_evaluation.json"
 _STATE = re.compile(r"round-(\d{4,})\.safetensors")
 _KEPT_ROUNDS = 2  # should the newest be damaged, the one before still stands
@@ -71,7 +71,7 @@ class ClientFolder:
     @property
     def facts(self) -> Path:
         """What inference must know beyond the plans: task, mirroring."""
-        return self.path / "model.json"
+        return self.path / FACTS
 
     @property
     def model(self) -> Path:
@@ -244,13 +244,20 @@ def load_model(folder: ClientFolder) -> tuple[torch.nn.Module, dict[str, Any], d
     try:
         architecture = plans["configurations"][configuration]["architecture"]
         check_topology(stored.get("topology"), contract_digest(architecture), folder.best)
-        network = build_network(architecture, len(dataset_json["channel_names"]), facts["num_heads"])
+        with torch.device("meta"):  # the file's tensors become the network's, so none are made here
+            network = build_network(
+                architecture, len(dataset_json["channel_names"]), facts["num_heads"], initialize=False
+            )
     except InputError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
         raise InputError(f"{folder.plans} describes no FedCMT network ({error})", field="plans") from None
     named = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-    copy_into({name: tensor.data for name, tensor in named.items()}, tensors, source=folder.best)
+    check_same_tensors(named, tensors, source=folder.best)
+    # A state dict also names modules that stand in two places; the file has each tensor once.
+    names = {id(tensor): name for name, tensor in named.items()}
+    state = {key: tensors[names[id(tensor)]] for key, tensor in network.state_dict(keep_vars=True).items()}
+    network.load_state_dict(state, assign=True)
     return network.eval(), plans, dataset_json, facts
 
 
@@ -266,7 +273,7 @@ def export_nnunet_model(folder: ClientFolder, target: Path) -> None:
     shutil.rmtree(part, ignore_errors=True)
     write_json(part / "plans.json", plans)
     write_json(part / "dataset.json", dataset_json)
-    write_json(part / "model.json", facts)
+    write_json(part / FACTS, facts)
     checkpoint = io.BytesIO()
     torch.save(
         {

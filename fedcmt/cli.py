@@ -180,7 +180,8 @@ def export(options: argparse.Namespace) -> None:
     client = existing_client(options.workspace, options.client)
     export_nnunet_model(client, options.output)
     if read_json(client.facts)["task"] == "classification":
-        print(f"{options.output}: stock nnU-Net does not classify; predict with python -m fedcmt.infer")
+        print(f"{options.output}: stock nnU-Net does not classify")
+        print(f"python -m fedcmt.infer -m {options.output} -i INPUT -o OUTPUT")
         return
     print(f"{options.output}: nnUNetv2_predict_from_modelfolder -m {options.output} -f 0 -i INPUT -o OUTPUT")
 

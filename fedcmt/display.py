@@ -80,10 +80,11 @@ def open_display(
     """
     stream = sys.stdout if stream is None else stream
     pace = Pace(rounds, first_round)
-    return LiveDisplay(pace, clients, stream) if _is_interactive(stream) else PlainDisplay(pace, clients, stream)
+    return LiveDisplay(pace, clients, stream) if is_interactive(stream) else PlainDisplay(pace, clients, stream)
 
 
-def _is_interactive(stream: TextIO) -> bool:
+def is_interactive(stream: TextIO) -> bool:
+    """Whether a stream is a terminal in which lines can be drawn over."""
     if os.environ.get("NO_COLOR") or os.environ.get("TERM", "") in ("dumb", "unknown"):
         return False
     if os.environ.get("CI", "").lower() not in ("", "0", "false"):

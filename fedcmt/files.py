@@ -85,8 +85,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise InputError(f"{path} is missing, truncated or no FedCMT file ({error})", field="file") from None
 
 
-def copy_into(targets: Mapping[str, Tensor], values: Mapping[str, Tensor], *, source: Path) -> None:
-    """Copy tensors into those of the same names.
+def check_same_tensors(targets: Mapping[str, Tensor], values: Mapping[str, Tensor], *, source: Path) -> None:
+    """Compare a file's tensors with those expected.
 
     Raises:
         InputError: Names, shapes or types differ.
@@ -101,6 +101,15 @@ def copy_into(targets: Mapping[str, Tensor], values: Mapping[str, Tensor], *, so
                 f"{values[name].dtype}, expected {tuple(target.shape)} {target.dtype}",
                 field="model",
             )
+
+
+def copy_into(targets: Mapping[str, Tensor], values: Mapping[str, Tensor], *, source: Path) -> None:
+    """Copy tensors into those of the same names.
+
+    Raises:
+        InputError: Names, shapes or types differ.
+    """
+    check_same_tensors(targets, values, source=source)
     with torch.no_grad():
         for name, target in targets.items():
             target.copy_(values[name])

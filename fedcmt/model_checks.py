@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedcmt.dataset_json import parse_dataset_json
 from fedcmt.errors import InputError, Problems
+from fedcmt.network import SLICES
 
 _LARGEST = 4096  # channels of a stage, or heads
 _LONGEST = 64  # entries of a list that describes a network
@@ -45,16 +46,16 @@ def check_model(
         InputError: Everything that is wrong, at once.
     """
     problems = Problems()
-    channels = 0
+    channels, dimensions = 0, 2 if configuration == SLICES else 3
     if not isinstance(dataset_json, dict):
         problems.add(InputError(f"{files['dataset_json']} holds no object", field="dataset.json"))
     else:
         described = {key: value for key, value in dataset_json.items() if key != "dataset"}
         channels = len(parse_dataset_json(described, problems).channel_names)
     with problems.caught(field="plans"):
-        _check_plans(plans, configuration, channels, files["plans"])
+        _check_plans(plans, configuration, dimensions, channels, files["plans"])
     with problems.caught(field="model"):
-        _check_facts(facts, files["facts"])
+        _check_facts(facts, dimensions, files["facts"])
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             reason = f"{files['weights']} holds NaN or Inf in '{name}'"
@@ -76,7 +77,7 @@ def check_topology(stored: Any, expected: str, weights: Path) -> None:
         )
 
 
-def _check_plans(plans: Any, configuration: str, channels: int, path: Path) -> None:
+def _check_plans(plans: Any, configuration: str, dimensions: int, channels: int, path: Path) -> None:
     try:
         entry = plans["configurations"][configuration]
         architecture = entry["architecture"]
@@ -92,10 +93,10 @@ def _check_plans(plans: Any, configuration: str, channels: int, path: Path) -> N
     wrong = ""
     if not _bounded(architecture):
         wrong = f"an architecture with numbers above {_LARGEST}, or more than {_LONGEST} entries"
-    elif not all(_is_count(n) and n <= _LARGEST for n in sizes) or len(sizes) != 3:
-        wrong = f"patch_size {sizes!r:.60}, expected 3 sizes in voxels"
-    elif not all(_is_number(s) and 0 < s < 1e4 for s in spacing) or len(spacing) != 3:
-        wrong = f"spacing {spacing!r:.60}, expected 3 positive numbers in mm"
+    elif not all(_is_count(n) and n <= _LARGEST for n in sizes) or len(sizes) != dimensions:
+        wrong = f"patch_size {sizes!r:.60}, expected {dimensions} sizes in voxels"
+    elif not all(_is_number(s) and 0 < s < 1e4 for s in spacing) or len(spacing) != dimensions:
+        wrong = f"spacing {spacing!r:.60}, expected {dimensions} positive numbers in mm"
     elif any(sorted(order, key=repr) != [0, 1, 2] for order in axes):
         wrong = f"axes {axes!r:.60}, expected the numbers 0, 1 and 2"
     elif not all(isinstance(name, str) and _NAME.fullmatch(name) for name in names):
@@ -108,7 +109,7 @@ def _check_plans(plans: Any, configuration: str, channels: int, path: Path) -> N
         raise InputError(f"{path} has {wrong}", fix="restore it from its source")
 
 
-def _check_facts(facts: Any, path: Path) -> None:
+def _check_facts(facts: Any, dimensions: int, path: Path) -> None:
     fix = "restore it from its source"
     if not isinstance(facts, dict) or facts.get("task") not in ("segmentation", "classification"):
         raise InputError(f"{path} names no task, expected segmentation or classification", fix=fix)
@@ -117,8 +118,9 @@ def _check_facts(facts: Any, path: Path) -> None:
     classes: Any = facts.get("class_names")
     if not _is_count(heads) or heads > _LARGEST:
         raise InputError(f"{path} has num_heads {heads!r:.40}, expected 1 to {_LARGEST}", fix=fix)
-    if not isinstance(axes, list) or not all(axis in (0, 1, 2) for axis in axes):
-        raise InputError(f"{path} has mirror_axes {axes!r:.40}, expected a list of 0, 1 and 2", fix=fix)
+    allowed = list(range(dimensions))
+    if not isinstance(axes, list) or not all(axis in allowed for axis in axes):
+        raise InputError(f"{path} has mirror_axes {axes!r:.40}, expected some of {allowed}", fix=fix)
     named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
     if not named or (facts["task"] == "classification" and len(classes) != heads):
         raise InputError(f"{path} has class_names {classes!r:.60}, expected {heads} names", fix=fix)

@@ -19,6 +19,9 @@ from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecod
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He, init_last_bn_before_add_to_0
 from torch import Tensor, nn
 
+# nnU-Net's names of the configurations that describe our network.
+CONFIGURATION = "3d_fullres"
+SLICES = "2d"
 Part = Literal["adaptor", "encoder", "decoder"]
 LSE_SHARPNESS = 5.0
 
@@ -180,8 +183,18 @@ _OPERATORS: dict[str, type[nn.Module]] = {
 }
 
 
+def configuration_name(plans: Mapping[str, Any]) -> str:
+    """The one configuration of a client's plan: ``3d_fullres`` or ``2d``."""
+    return str(next(iter(plans["configurations"])))
+
+
 def build_network(
-    architecture: Mapping[str, Any], input_channels: int, num_classes: int, *, deep_supervision: bool = False
+    architecture: Mapping[str, Any],
+    input_channels: int,
+    num_classes: int,
+    *,
+    deep_supervision: bool = False,
+    initialize: bool = True,
 ) -> nn.Module:
     """Build and initialise a network from the ``architecture`` block of a plan.
 
@@ -190,6 +203,7 @@ def build_network(
         input_channels: Channels of the client's images.
         num_classes: Output heads: labels including background, regions, or classes.
         deep_supervision: Return logits of every decoder stage (segmentation only).
+        initialize: Draw the weights; not where they are loaded next.
 
     Raises:
         ValueError: The plan names a class that FedCMT does not build.
@@ -205,7 +219,8 @@ def build_network(
     if _CLASSES[name] is FedCMTNet:
         kwargs["deep_supervision"] = deep_supervision
     network = _CLASSES[name](input_channels=input_channels, num_classes=num_classes, **kwargs)
-    network.apply(AdaptedEncoder.initialize)
+    if initialize:
+        network.apply(AdaptedEncoder.initialize)
     return network
 
 

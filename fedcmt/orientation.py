@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 
+from fedcmt.errors import InputError
 from fedcmt.nifti import header_from_affine
 from fedcmt.volume import Volume, axis_codes, turned_axes
 
+_AXES = {"L": "x", "R": "x", "A": "y", "P": "y", "I": "z", "S": "z"}
 ORIENTATIONS_KEY = "training_orientations"  # in plans.json, written by preprocessing
 
 
@@ -58,6 +60,9 @@ def fitted_scan(
 
     Returns:
         The scan, turned or as it is.
+
+    Raises:
+        InputError: What the plans say is no count of orientations.
     """
     for index, channel in enumerate(volume.data):
         if channel.size and channel.min() == channel.max():
@@ -65,7 +70,7 @@ def fitted_scan(
             _warn(
                 case, f"channel '{name}' is constant ({channel.flat[0]:g}); whatever the model finds there is made up"
             )
-    trained = plans.get(ORIENTATIONS_KEY) or {}
+    trained = _trained_orientations(plans)
     found = axis_codes(volume.affine)
     if not trained or found in trained:
         return volume
@@ -75,6 +80,20 @@ def fitted_scan(
     named = ", ".join(trained)
     _warn(case, f"its axes point to {found}, those of the training data to {named}; if labels are wrong use --reorient")
     return volume
+
+
+def _trained_orientations(plans: Mapping[str, Any]) -> Mapping[str, int]:
+    stored = plans.get(ORIENTATIONS_KEY) or {}
+    if not isinstance(stored, Mapping) or not all(
+        isinstance(count, int) and sorted(_AXES.get(letter, letter) for letter in codes) == ["x", "y", "z"]
+        for codes, count in stored.items()
+    ):
+        raise InputError(
+            f"plans.json has {ORIENTATIONS_KEY} {stored!r:.60}, expected how many cases are LPS, RAS, ...",
+            field="plans",
+            fix="restore it from its source",
+        )
+    return stored
 
 
 def _warn(case: str, text: str) -> None:

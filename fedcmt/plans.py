@@ -22,8 +22,9 @@ from fedcmt.dataset import RawDataset
 from fedcmt.errors import InputError
 from fedcmt.exchange import ShapeSummary
 from fedcmt.files import read_json, write_json
+from fedcmt.network import SLICES, configuration_name
 from fedcmt.orientation import ORIENTATIONS_KEY
-from fedcmt.preprocessing import SLICES, configuration_name, preprocessed_plan, stored_orientations
+from fedcmt.preprocessing import preprocessed_plan, stored_orientations
 from fedcmt.topology import TopologyContract, contract_digest
 
 __all__ = [

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from copy import deepcopy
@@ -28,10 +28,8 @@ from scipy import ndimage
 from fedcmt.dataset import Case, RawDataset, inspect_images
 from fedcmt.errors import InputError, Problems
 from fedcmt.files import read_json, write_json
+from fedcmt.network import CONFIGURATION, SLICES, configuration_name
 from fedcmt.volume import read_volume, write_segmentation
-
-CONFIGURATION = "3d_fullres"
-SLICES = "2d"
 
 
 def preprocessed_plan(
@@ -184,11 +182,6 @@ def _planner(
             fix="store them with the slice along z",
         )
     return planner
-
-
-def configuration_name(plans: Mapping[str, Any]) -> str:
-    """The one configuration of a client's plan: ``3d_fullres`` or ``2d``."""
-    return str(next(iter(plans["configurations"])))
 
 
 def _preprocess_cases(

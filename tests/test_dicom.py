@@ -223,3 +223,16 @@ def test_predicting_a_series(finished: Path, tmp_path: Path, capsys: pytest.Capt
     assert "case 'patient', field 'ImagePositionPatient'" in capsys.readouterr().err
     scan = tmp_path / "out" / "patient.nii.gz"
     assert main([*options, "-i", str(scan), "--dicom-seg"]) == 2
+
+
+def test_a_folder_of_series_goes_on_after_a_bad_one(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("first", "second"):
+        files = write_series(tmp_path / "patients" / name, hounsfield((18, 22, 26)))
+        if name == "first":
+            files[5].unlink()
+    options = ["--workspace", str(finished), "--client", "ct_plain", "-o", str(tmp_path / "out"), "--disable-mirroring"]
+    assert main([*options, "-i", str(tmp_path / "patients"), "--dicom-seg"]) == 1
+    assert "case 'first', field 'ImagePositionPatient'" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["second.dcm", "second.nii.gz"]

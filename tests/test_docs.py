@@ -64,5 +64,5 @@ def test_the_readmes_config_is_valid() -> None:
     import yaml
 
     text = (ROOT / "README.md").read_text()
-    block = text.split("docs/config.md](docs/config.md) has every setting:")[1].split("3. Run it")[0]
+    block = text.split("docs/config.md](docs/config.md) has every setting:")[1].split("3. Check it")[0]
     assert len(load_config(yaml.safe_load(textwrap.dedent(block))).clients) == 3

@@ -228,3 +228,35 @@ def test_cases_are_found_by_channel_and_by_name(tmp_path: Path) -> None:
     (single / "b.nii.gz").touch()
     with pytest.raises(InputError, match="same output"):
         find_cases(single, 1)
+
+
+def test_several_clients_are_an_ensemble(finished: Path, raw_datasets: Path, tmp_path: Path) -> None:
+    image = image_of(raw_datasets, "Dataset801_Plain")
+    flags = ("--disable-mirroring", "--save-probabilities")
+    assert run(finished, "ct_plain", image, tmp_path / "one", *flags) == 0
+    assert run(finished, "ct_plain", image, tmp_path / "two", "--client", "ct_plain", *flags) == 0
+    one, two = (np.load(tmp_path / name / "case_02.npz")["probabilities"] for name in ("one", "two"))
+    np.testing.assert_allclose(one, two, atol=1e-6)
+
+
+def test_clients_of_other_labels_or_channels_are_not_averaged(finished: Path) -> None:
+    with pytest.raises(InputError, match=r"ct_plain and mr_two cannot be averaged: 1 and 2"):
+        Predictor.from_workspace(finished, ["ct_plain", "mr_two"])
+    with pytest.raises(InputError, match=r"ct_plain and ct_regions cannot be averaged"):
+        Predictor.from_workspace(finished, ["ct_plain", "ct_regions"])
+
+
+def test_an_exported_folder_predicts_as_its_client(finished: Path, raw_datasets: Path) -> None:
+    volume = read_volume(image_of(raw_datasets, "Dataset802_Regions"))
+    options = {"device": "cpu", "mirroring": False}
+    exported = Predictor.from_model_folder(finished / "clients" / "ct_regions" / "model", **options)
+    client = Predictor.from_workspace(finished, "ct_regions", **options)
+    assert np.array_equal(exported.predict(volume).data, client.predict(volume).data)
+
+
+def test_an_exported_classifier_predicts_as_its_client(finished: Path, raw_datasets: Path, tmp_path: Path) -> None:
+    images, model = raw_datasets / "Dataset804_Classes" / "imagesTs", finished / "clients" / "mr_class" / "model"
+    assert run(finished, "mr_class", images, tmp_path / "client") == 0
+    assert main(["-m", str(model), "-i", str(images), "-o", str(tmp_path / "exported")]) == 0
+    written = [(tmp_path / name / "predictions.csv").read_text() for name in ("client", "exported")]
+    assert written[0] == written[1]

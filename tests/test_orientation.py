@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
+from fedcmt.errors import InputError
 from fedcmt.files import read_json
 from fedcmt.infer import main
 from fedcmt.orientation import ORIENTATIONS_KEY, fitted_scan, reoriented
+from fedcmt.predictor import entropy_map
 from fedcmt.volume import axis_codes, read_volume, write_segmentation, write_volume
 
 OBLIQUE = np.array([[-0.7, 0.2, 0.1, 5.0], [0.15, 1.1, -0.3, -7.0], [0.1, 0.2, 3.0, 11.0], [0, 0, 0, 1]])
@@ -86,6 +88,13 @@ def test_only_an_unknown_orientation_is_remarked_on(tmp_path: Path, capsys: pyte
     assert "channel 'CT' is constant (7)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("stored", [3, ["LPS"], {"LPS": "2"}, {"LLS": 1}, {"XYZ": 1}, {"": 1}])
+def test_orientations_that_are_none_are_refused(tmp_path: Path, stored: object) -> None:
+    volume = read_volume(write_scan(tmp_path / "a.nii.gz", OBLIQUE))
+    with pytest.raises(InputError, match="has training_orientations"):
+        fitted_scan(volume, {ORIENTATIONS_KEY: stored}, ["CT"], "a", reorient=True)
+
+
 def test_a_turned_scan_gets_the_labels_of_the_unturned_one(
     finished: Path, raw_datasets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -108,7 +117,8 @@ def test_a_turned_scan_gets_the_labels_of_the_unturned_one(
     ]
     assert main([*options, "-i", str(tmp_path / "scan.nii.gz"), "--reorient"]) == 0
     assert "warning" not in capsys.readouterr().err
-    assert main([*options, "-i", str(tmp_path / "turned.nii.gz"), "--reorient", "--save-probabilities"]) == 0
+    maps = ("--save-probabilities", "--save-entropy")
+    assert main([*options, "-i", str(tmp_path / "turned.nii.gz"), "--reorient", *maps]) == 0
     expected, found = (nibabel.load(tmp_path / "out" / f"{name}.nii.gz") for name in ("scan", "turned"))
     np.testing.assert_array_equal(found.affine, turned.affine)
     back = found.as_reoriented(ornt_transform(io_orientation(found.affine), io_orientation(expected.affine)))
@@ -116,5 +126,9 @@ def test_a_turned_scan_gets_the_labels_of_the_unturned_one(
     np.testing.assert_array_equal(np.asarray(back.dataobj), np.asarray(expected.dataobj))
     with np.load(tmp_path / "out" / "turned.npz") as stored:
         assert stored["probabilities"].shape[1:] == found.shape[::-1]
+        expected_entropy = entropy_map(stored["probabilities"], regions=False)
+    entropy = read_volume(tmp_path / "out" / "turned_entropy.nii.gz")
+    np.testing.assert_allclose(entropy.data[0], expected_entropy, atol=1e-6)
+    np.testing.assert_allclose(entropy.affine, turned.affine)
     assert main([*options, "-i", str(tmp_path / "turned.nii.gz")]) == 0
     assert "axes point to SRA" in capsys.readouterr().err

@@ -1,8 +1,8 @@
-"""The server's operations on flat updates, native where possible.
+"""The server's operations on flat updates, and `logits_to_labels` of prediction, native where possible.
 
 Each has a torch definition of the same name in `fedcmt.ops.reference` and native ones, in C++ for
-CPUs and in CUDA. `backend` chooses: "native" never falls back, "reference" is plain torch, and
-"auto" is native where the extension (and, for CUDA tensors, its CUDA part) is there.
+CPUs and, but for `logits_to_labels`, in CUDA. `backend` chooses: "native" never falls back,
+"reference" is plain torch, and "auto" is native where the extension (and, for CUDA tensors, its CUDA part) is there.
 
 Updates are torch tensors, NumPy or CuPy arrays, or anything with DLPack: nothing is copied.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from fedcmt.ops._backend import Backend, BackendInfo, backend_info
 from fedcmt.ops._gram import gramian, gramian_append, project_conflicts, restore_norms
+from fedcmt.ops._labels import logits_to_labels
 from fedcmt.ops._means import screen, weighted_mean
 from fedcmt.ops._stats import ScreenStats, StepStats
 from fedcmt.ops._step import Optimizer, server_step
@@ -26,6 +27,7 @@ __all__ = [
     "backend_info",
     "gramian",
     "gramian_append",
+    "logits_to_labels",
     "project_conflicts",
     "restore_norms",
     "screen",

@@ -10,13 +10,17 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fedcmt.ops._stats import ScreenStats, StepStats
+from fedcmt.ops.taps import all_taps, interpolated_slice
 
 # Elements widened to float64 at a time; bounds the memory to N x 8 MiB.
 _CHUNK = 1 << 20
+_LARGEST_HALF = 65504
+LOGITS_NOT_FINITE = "`logits` should be finite in half precision. Got an overflow or not-a-number"
 
 
 def gramian(updates: Sequence[Tensor], *, segments: Sequence[int] | None = None) -> Tensor:
@@ -181,6 +185,38 @@ def screen(update: Tensor, *, into: Tensor | None = None) -> ScreenStats:
     values = stored[torch.isfinite(stored)].double()
     largest = float(values.abs().max()) if values.numel() else 0.0
     return ScreenStats(stored.numel() - values.numel(), float(torch.linalg.vector_norm(values)), largest)
+
+
+def logits_to_labels(
+    logits: Tensor,
+    shape: Sequence[int],
+    *,
+    weights: Tensor | None = None,
+    nearest_axis: int | None = None,
+    region_values: Sequence[int] | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The first largest of the resampled logits, or the last region above a half, `[D', H', W']`, slice by slice."""
+    half = logits if weights is None else logits / weights
+    if not ((logits.abs() <= _LARGEST_HALF).all() and (half.abs() <= _LARGEST_HALF).all()):
+        raise FloatingPointError(LOGITS_NOT_FINITE)
+    labels = empty_labels(shape, len(logits), region_values) if out is None else out
+    source, taps = half.numpy(), all_taps(logits.shape[1:], shape, nearest_axis)
+    for z, plane in enumerate(labels.numpy()):
+        rounded = interpolated_slice(source, z, taps).astype(np.float16)
+        if region_values is None:
+            plane[...] = rounded.argmax(0)
+        else:
+            plane[...] = 0
+            for chance, value in zip(torch.from_numpy(rounded).float().sigmoid(), region_values, strict=True):
+                plane[(chance > 0.5).numpy()] = value
+    return labels
+
+
+def empty_labels(shape: Sequence[int], num_heads: int, region_values: Sequence[int] | None) -> Tensor:
+    """Where labels go, of the smallest type that holds them."""
+    largest = num_heads - 1 if region_values is None else max(region_values)
+    return torch.empty(tuple(int(n) for n in shape), dtype=torch.uint8 if largest <= 255 else torch.uint16)
 
 
 def _bounds(segments: Sequence[int] | None, updates: Sequence[Tensor]) -> list[int]:
