@@ -97,12 +97,6 @@ inline Floats operator/(Floats a, Floats b) { return {_mm256_div_ps(a.v, b.v)}; 
 inline Floats max(Floats a, Floats b) { return {_mm256_max_ps(a.v, b.v)}; }
 inline Floats fma(Floats a, Floats b, Floats c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 
-// Two vectors of values, in a fixed order of its own, to out.
-template <typename T>
-inline void load_two(const T* p, float* out) {
-  Floats::load(p).store(out);
-  Floats::load(p + Floats::kLanes).store(out + Floats::kLanes);
-}
 // Even elements, then odd ones: a shift and a mask instead of two shuffles and two shifts.
 inline void load_two(const BFloat16* p, float* out) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));

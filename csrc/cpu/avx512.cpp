@@ -94,12 +94,6 @@ inline Floats operator/(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; 
 inline Floats max(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 
-// Two vectors of values, in a fixed order of its own, to out.
-template <typename T>
-inline void load_two(const T* p, float* out) {
-  Floats::load(p).store(out);
-  Floats::load(p + Floats::kLanes).store(out + Floats::kLanes);
-}
 // Even elements, then odd ones: a shift and a mask instead of two shuffles and two shifts.
 inline void load_two(const BFloat16* p, float* out) {
   const __m512i bits = _mm512_loadu_si512(p);

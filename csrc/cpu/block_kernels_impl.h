@@ -3,7 +3,7 @@
 // Included by plain.cpp, avx2.cpp and avx512.cpp inside an anonymous namespace, after they define
 //   BFloat16, Float16      structs that hold the bits of a value
 //   Doubles, Floats        vectors of Doubles::kLanes float64 and Floats::kLanes float32
-//   load_two(p, out)       two vectors of values as float32, in a fixed order of its own
+//   load_two(p, out)       where the path has one of its own for a type; see part_impl.h
 //   kTile                  rows and columns of the Gramian's register tile
 // It must include no other header: see block_kernels.h.
 

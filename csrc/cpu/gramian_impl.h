@@ -132,12 +132,6 @@ inline void off_diagonal_tile(int num_columns, const double* a, const double* b,
 
 inline int tile_width(int n, int first) { return n - first < kTile ? n - first : kTile; }
 
-inline double add_lanes(const double* lanes) {
-  double total = 0.0;
-  for (int k = 0; k < Doubles::kLanes; ++k) total += lanes[k];
-  return total;
-}
-
 // Adds the lanes of every tile to pairs [n, n], always in the same order.
 inline void collect_tiles(int n, const double* sums, double* pairs) {
   for (int i = 0; i < n; i += kTile) {

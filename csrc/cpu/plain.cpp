@@ -138,12 +138,6 @@ inline Floats operator/(Floats a, Floats b) { return {a.v / b.v}; }
 inline Floats max(Floats a, Floats b) { return {a.v > b.v ? a.v : b.v}; }
 inline Floats fma(Floats a, Floats b, Floats c) { return {a.v * b.v + c.v}; }
 
-template <typename T>
-inline void load_two(const T* p, float* out) {
-  Floats::load(p).store(out);
-  Floats::load(p + Floats::kLanes).store(out + Floats::kLanes);
-}
-
 #include "block_kernels_impl.h"
 
 }  // namespace

@@ -55,11 +55,7 @@ void screen_block(const ScreenArguments& arguments, int64_t begin, int64_t end, 
   with_type(&arguments.from, arguments.from_dtype, [&](const auto* rows) {
     screen_typed(rows[0], arguments, begin, end - begin, &out);
   });
-  double lanes[Doubles::kLanes];
-  for (const Doubles& squares : out.squares) {
-    squares.store(lanes);
-    sums->squares += add_lanes(lanes);
-  }
+  add_lanes_to(&sums->squares, out.squares);
   float values[Floats::kLanes];
   out.largest.store(values);
   for (const float value : values) sums->largest = value > sums->largest ? value : sums->largest;

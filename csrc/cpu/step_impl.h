@@ -113,11 +113,7 @@ inline void apply_run(const StepArguments& step, const StepTarget& target, int64
 }
 
 inline void add_to(StepSums* sums, const StepAccumulator& out) {
-  double lanes[Doubles::kLanes];
-  for (const Doubles& squares : out.squares) {
-    squares.store(lanes);
-    sums->squares += add_lanes(lanes);
-  }
+  add_lanes_to(&sums->squares, out.squares);
   sums->nonfinite += out.nonfinite;
 }
 

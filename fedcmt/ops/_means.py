@@ -12,7 +12,6 @@ from torch import Tensor
 from fedcmt.ops import _native, reference
 from fedcmt.ops._arguments import (
     DTYPE_CODES,
-    as_tensor,
     check_no_overlap,
     check_ragged_updates,
     check_update,
@@ -121,7 +120,7 @@ def screen(update: Any, *, into: Any = None, backend: Backend = "auto") -> Scree
     source = check_update("update", update)
     target = None
     if into is not None:
-        target = check_written("into", as_tensor("into", into, written=True), source, "update", tuple(DTYPE_CODES))
+        target = check_written("into", into, source, "update", tuple(DTYPE_CODES))
         check_no_overlap([("into", target)], [("update", source)])
     with torch.no_grad():
         if not use_native(backend, source.device):
