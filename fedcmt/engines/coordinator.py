@@ -78,7 +78,8 @@ class Coordinator:
         self._lines: list[dict[str, Any]] = []
         self._held: dict[str, dict[str, Announced]] = {}  # client -> parameters it has
         self._announced: dict[int, tuple[Tensor, Tensor, Announced]] = {}
-        self._here: list[str] = []
+        self._prepared: list[str] = []  # clients that can train in this job
+        self._here: list[str] = []  # those of them that are connected
         self._unavailable: dict[str, str] = {}
         self.status: dict[str, Any] = {"state": "running", "round": 0, "rounds": config.rounds}
 
@@ -123,7 +124,8 @@ class Coordinator:
 
     def _tell(self, state: State, reason: str | None = None) -> None:
         done = self._server.round_index if self._server else self.status["round"]
-        self.status = {"state": state, "round": done, "rounds": self._config.rounds, "here": self._here}
+        self.status = {"state": state, "round": done, "rounds": self._config.rounds}
+        self.status |= {"here": sorted(self._here), "unavailable": self._unavailable}
         if reason:
             self.status["reason"] = reason
             self._note(f"{state}: {reason}")
@@ -136,10 +138,10 @@ class Coordinator:
         committed = next(iter(workspace.saved_server_rounds()), 0)
         check_same_federation(workspace, config, committed)
         enrolment = Enrolment(config, workspace, self._carrier, self._note, committed)
-        self._here = enrolment.wait(self._quorum(committed + 1))
-        contract = enrolment.contract(self._here)
-        descriptions = enrolment.prepare(self._here, contract.topology)
-        self._here = [name for name in self._here if name not in enrolment.absent]
+        connected = enrolment.wait(self._quorum(committed + 1))
+        contract = enrolment.contract(connected)
+        descriptions = enrolment.prepare(connected, contract.topology)
+        self._prepared = self._here = [name for name in connected if name not in enrolment.absent]
         self._unavailable = dict(enrolment.absent)
         weights = read_weights(config.initial_weights) if config.initial_weights and not committed else None
         self._server = Server(
@@ -190,8 +192,9 @@ class Coordinator:
         server, now = self._server, _Round(round_index)
         assert server is not None
         server.begin(round_index)
-        members = list(server.members)
-        here = [name for name in members if name in self._here]
+        connected = self._carrier.connected()
+        self._here = [name for name in self._prepared if name in connected]
+        here = [name for name in server.members if name in self._here]
         now.absent = {n: self._unavailable.get(n, "not connected") for n in self._expected(round_index) - set(here)}
         self._note(f"round {round_index}/{self._config.rounds}: {', '.join(here)} train")
         self._announced.clear()
