@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedcmt import __version__
+from fedcmt.cli_nvflare import add_nvflare_commands
 from fedcmt.command import run_command
 from fedcmt.config import ClientConfig, TopologyConfig, load_config, validated
 from fedcmt.errors import InputError
@@ -290,6 +291,7 @@ def _parser() -> argparse.ArgumentParser:
     exporting.add_argument("--client", required=True)
     exporting.add_argument("-o", "--output", type=Path, required=True, metavar="MODEL_FOLDER")
     command(doctor)
+    add_nvflare_commands(commands)
     return parser
 
 

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from fedcmt import strategies
 from fedcmt.checkpoint import Workspace
-from fedcmt.config import FederationConfig, dump_config
+from fedcmt.config import FederationConfig, NvflareConfig, dump_config
 from fedcmt.continuing import check_same_federation
 from fedcmt.curves import Curves
 from fedcmt.device import choose_device
 from fedcmt.engines.enrolment import Carrier, Enrolment, failure
+from fedcmt.engines.entries import checked_entry
 from fedcmt.engines.messages import (
     WIRE_DTYPES,
     Announced,
@@ -33,7 +34,7 @@ from fedcmt.engines.messages import (
     announce,
     checked_line,
 )
-from fedcmt.engines.privacy import dequantized
+from fedcmt.engines.privacy import DESTROYED, dequantized
 from fedcmt.errors import InputError, RunError
 from fedcmt.exchange import ClientUpdate, Outgoing
 from fedcmt.files import read_json, write_json, write_text
@@ -68,10 +69,19 @@ class Coordinator:
         config: The federation's settings, with the server's own folders and device.
         carrier: Reaches the clients.
         note: Shows one line to the server's engineer.
+        one_machine: Whether clients' files can be read here.
     """
 
-    def __init__(self, config: FederationConfig, carrier: Carrier, note: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        config: FederationConfig,
+        carrier: Carrier,
+        note: Callable[[str], None],
+        *,
+        one_machine: bool = False,
+    ) -> None:
         self._config, self._carrier, self._note = config, carrier, note
+        self._one_machine = one_machine
         self._workspace = Workspace(config.workspace_folder())
         self._stop = threading.Event()
         self._server: Server | None = None
@@ -116,7 +126,6 @@ class Coordinator:
             self._lines += new
             self._commit()
             curves.add(new)
-            write_report(self._workspace.path)
             if self._stop.is_set() and round_index < self._config.rounds:
                 self._tell("stopped", "asked to end after this round")
                 return
@@ -288,7 +297,7 @@ class Coordinator:
             return
         try:
             message.check()
-            update = _update(name, body, message)
+            update = _update(name, body, message, self._config.nvflare)
         except MessageError as error:
             reason = str(error)
             self._server.refuse(name, reason)
@@ -299,6 +308,11 @@ class Coordinator:
         now.went_on_from[name] = body.went_on_from
         if body.cosine_after_filters is not None:
             now.cosines[name] = body.cosine_after_filters
+            if body.cosine_after_filters < DESTROYED:
+                self._note(
+                    f"{name}: warning: filters leave an update of cosine {body.cosine_after_filters:.2f} to what was "
+                    "learned"
+                )
 
     def _ask_to_close(self, now: _Round) -> None:
         assert self._server is not None
@@ -371,7 +385,10 @@ class Coordinator:
             if not isinstance(message.body, Scored):
                 unscored[name] = failure(message)
             elif message.body.entry is not None:
-                entries[name] = message.body.entry
+                try:
+                    entries[name] = checked_entry(message.body.entry, name, takes_files=self._one_machine)
+                except MessageError as error:
+                    unscored[name] = str(error)
 
         asked = [name for name in self._here if name not in entries]
         timeout = self._config.nvflare.round_timeout
@@ -385,16 +402,24 @@ class Coordinator:
         self._tell("finished")
 
 
-def _update(name: str, body: Fitted, message: Message) -> ClientUpdate:
-    """The update in a message; adaptor and decoder in float32, the encoder as it came."""
+def _update(name: str, body: Fitted, message: Message, wire: NvflareConfig) -> ClientUpdate:
+    """The update in a message; adaptor and decoder in float32, the encoder as it came.
+
+    Raises:
+        MessageError: It is not in the form that was asked for.
+    """
     tensors = dict(message.tensors)
     if not {"encoder", "adaptor"} <= set(tensors) <= {"encoder", "adaptor", "decoder"}:
-        raise MessageError(f"update holds {sorted(tensors)}")
-    for part, state in (body.quantized or {}).items():
-        tensors[part] = dequantized(tensors[part], state)
-    for name_of_part, tensor in tensors.items():
-        if name_of_part != "encoder" or tensor.dtype not in (torch.float32, torch.bfloat16):
-            tensors[name_of_part] = tensor.float()
+        raise MessageError(f"update holds {sorted(tensors)}, expected encoder and adaptor")
+    states = (body.quantized or {}) if wire.quantizer == "adaquant" else {}
+    asked = {WIRE_DTYPES[wire.wire_dtype]} | ({torch.float16} if wire.quantizer == "float16" else set())
+    for part in ("encoder", "adaptor", "decoder"):
+        if part in states and part in tensors:
+            tensors[part] = dequantized(tensors[part], states[part])
+        elif part in tensors and tensors[part].dtype not in asked:
+            raise MessageError(f"{part} update is {tensors[part].dtype}, expected {wire.wire_dtype}")
+        if part in tensors and (part != "encoder" or tensors[part].dtype == torch.float16):
+            tensors[part] = tensors[part].float()
     return ClientUpdate(
         name, body.round, body.num_cases, tensors["encoder"], tensors["adaptor"], tensors.get("decoder")
     )

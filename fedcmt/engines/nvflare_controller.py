@@ -48,9 +48,11 @@ class FedCMTController(Controller):
         """Called by NVFlare: the job."""
         self._context, self._abort = fl_ctx, abort_signal
         try:
-            config, _ = settings_of(fl_ctx, None)
+            config, shares = settings_of(fl_ctx, None)
             log = _Log(Workspace(config.workspace_folder()))
-            self._coordinator = Coordinator(config, self, lambda text: self._note(log, text))
+            self._coordinator = Coordinator(
+                config, self, lambda text: self._note(log, text), one_machine=shares == "files"
+            )
         except InputError as error:
             self.system_panic(str(error), fl_ctx)
             return

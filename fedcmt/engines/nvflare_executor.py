@@ -69,9 +69,9 @@ class FedCMTExecutor(Executor):
 
     def _start(self, fl_ctx: FLContext) -> TrainerProcess:
         name = fl_ctx.get_identity_name()
-        config, shares_cases = settings_of(fl_ctx, name)
+        config, shares = settings_of(fl_ctx, name)
         folder = Workspace(config.workspace_folder()).client(name).path
-        return TrainerProcess(config, name, shares_cases=shares_cases, log=Path(folder) / "trainer.log")
+        return TrainerProcess(config, name, shares=shares, log=Path(folder) / "trainer.log")
 
     def _end(self) -> None:
         if self._trainer is not None:

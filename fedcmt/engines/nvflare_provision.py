@@ -97,6 +97,19 @@ def provision(
     return kits, new
 
 
+def existing_kits(folder: Path) -> Kits:
+    """The kits that :func:`provision` wrote.
+
+    Raises:
+        InputError: There are none.
+    """
+    path = folder / "project.yml"
+    if not path.is_file():
+        raise InputError(f"{folder} holds no start-up kits", field="--kits", fix="name what 'provision' wrote")
+    project = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return Kits(folder / "kits", str(project["participants"][0]["name"]))
+
+
 def _project(config: FederationConfig, host: str, port: int) -> dict[str, Any]:
     participants: list[dict[str, Any]] = [
         {"name": host, "type": "server", "org": "hub", "fed_learn_port": port, "admin_port": port}
@@ -161,7 +174,7 @@ def _settle(kit: Path, config: FederationConfig, name: str, one_machine: bool) -
             "raw": str(config.folder("raw").resolve()),
             "preprocessed": str(config.folder("preprocessed").resolve()),
             "workspace": str(config.workspace_folder().resolve()),
-            "share_cases": True,
+            "share_cases": "files",
         }
         settings = next((client for client in config.clients if client.name == name), config)
         if settings.initial_weights is not None:

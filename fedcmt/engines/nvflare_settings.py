@@ -11,6 +11,7 @@ from nvflare.apis.fl_context import FLContext
 from pydantic import Field
 
 from fedcmt.config import FederationConfig, FilterConfig, Settings, Width, load_config, validated
+from fedcmt.engines.entries import Shares
 from fedcmt.errors import InputError
 
 JOB_FILE = "fedcmt.yaml"  # beside the job's own configuration
@@ -31,11 +32,13 @@ class SiteSettings(Settings):
     )
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] | None = None
     threads: Width | None = None
-    share_cases: bool = Field(False, description="send scores of single cases with their names, not the means alone")
+    share_cases: Shares = Field(
+        "no", description="of single cases: no; scores, with their names; or files, paths too, where all is one machine"
+    )
     filters: list[FilterConfig] = Field([], description="privacy filters of this site, after those of the config")
 
 
-def settings_of(fl_ctx: FLContext, site: str | None) -> tuple[FederationConfig, bool]:
+def settings_of(fl_ctx: FLContext, site: str | None) -> tuple[FederationConfig, Shares]:
     """The settings of the job that runs, as they are at this site.
 
     Args:
@@ -43,7 +46,7 @@ def settings_of(fl_ctx: FLContext, site: str | None) -> tuple[FederationConfig, 
         site: The client's name; None at the server.
 
     Returns:
-        Settings, and whether scores of single cases may be sent.
+        Settings, and what of single cases may be known beyond the site.
 
     Raises:
         InputError: A file is missing or wrong.
@@ -53,7 +56,7 @@ def settings_of(fl_ctx: FLContext, site: str | None) -> tuple[FederationConfig, 
     config = load_config(job)
     local = Path(workspace.get_site_config_dir()) / SITE_FILE
     if not local.is_file():
-        return config, config.raw is not None  # a job of one machine brings its folders
+        return config, "no" if config.raw is None else "files"  # a job of one machine brings its folders
     own = read_site_settings(local)
     return at_site(config, own, Path(workspace.get_root_dir()), site), own.share_cases
 

@@ -16,6 +16,7 @@ from fedcmt.errors import InputError
 from fedcmt.layout import FlatLayout
 from fedcmt.strategies.matching import part
 
+DESTROYED = 0.5  # cosine to what was learned below which little of an update is left
 _HALF = torch.finfo(torch.float16)
 _LEVELS = {"u1": np.uint8, "<u2": np.uint16}
 

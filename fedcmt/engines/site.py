@@ -17,6 +17,7 @@ from fedcmt.checkpoint import ClientFolder, Workspace
 from fedcmt.client import Client
 from fedcmt.config import ClientConfig, FederationConfig
 from fedcmt.device import choose_device
+from fedcmt.engines.entries import Shares, shared
 from fedcmt.engines.messages import (
     WIRE_DTYPES,
     Announced,
@@ -36,7 +37,7 @@ from fedcmt.engines.messages import (
     Shapes,
     TellShapes,
 )
-from fedcmt.engines.privacy import UpdateFilters, dequantized
+from fedcmt.engines.privacy import DESTROYED, UpdateFilters, dequantized
 from fedcmt.errors import InputError, RunError
 from fedcmt.exchange import ClientDescription, ClientUpdate, Outgoing
 from fedcmt.files import write_json
@@ -46,7 +47,6 @@ from fedcmt.preparation import load_client_dataset, plan_client, report_matches,
 from fedcmt.scoring import score_and_export, without_nan
 from fedcmt.topology import TopologyContract
 
-_DESTROYED = 0.5  # cosine below which little of an update is left
 _PATIENCE = 60  # seconds that a client waits for its own dead process to let go of its folder
 
 
@@ -56,12 +56,12 @@ class Site:
     Args:
         config: The federation's settings, with the site's own folders and device.
         name: Which client it is.
-        shares_cases: Whether scores of single cases are sent to the server; otherwise the means alone.
+        shares: What of single cases may be known beyond the site.
         note: Shows a line to the site's engineer.
     """
 
-    def __init__(self, config: FederationConfig, name: str, *, shares_cases: bool, note: Callable[[str], None]) -> None:
-        self._config, self._name, self._shares_cases, self._note = config, name, shares_cases, note
+    def __init__(self, config: FederationConfig, name: str, *, shares: Shares, note: Callable[[str], None]) -> None:
+        self._config, self._name, self._shares, self._note = config, name, shares, note
         self._settings = _client_config(config, name)
         self._workspace = Workspace(config.workspace_folder())
         self._folder = self._workspace.client(name)
@@ -203,7 +203,7 @@ class Site:
         self._filters.apply(parts, self._ready().layouts)
         quantized, packed = self._filters.quantize(parts)
         cosine = _cosine(learned, _restored(packed, quantized)) if learned else None
-        if cosine is not None and cosine < _DESTROYED:
+        if cosine is not None and cosine < DESTROYED:
             self._note(f"{self._name}: warning: filters leave an update of cosine {cosine:.2f} to what was learned")
         if not self._filters.active:
             packed = {name: tensor.to(WIRE_DTYPES[body.reply_dtype]) for name, tensor in parts.items()}
@@ -233,7 +233,7 @@ class Site:
             return Scored(entry=None)
         entry = score_and_export(self._workspace, self._name, self._plan, self._config.inference, self._config.device)
         write_json(self._folder.results, entry)
-        return Scored(entry=entry if self._shares_cases else entry | {"cases": []})
+        return Scored(entry=shared(entry, self._shares))
 
 
 def _restored(packed: Mapping[str, Tensor], quantized: Mapping[str, Mapping[str, Any]] | None) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ Parent and child speak :mod:`fedcmt.engines.messages` over two pipes: a header's
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import select
@@ -14,7 +15,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,10 +24,12 @@ import torch
 from torch import Tensor
 
 from fedcmt.config import FederationConfig, load_config
+from fedcmt.engines.entries import Shares
 from fedcmt.engines.messages import WIRE_DTYPES, Failed, Message, MessageError, bytes_of, unpack_header
 from fedcmt.errors import InputError
 
 _LENGTH = struct.Struct("<Q")
+_PIPE = 2**20  # bytes; with the usual 64 KiB an update means thousands of changes between processes
 _LOOK_AGAIN = 0.2  # seconds between looks at whether the answer is still wanted
 
 
@@ -43,17 +47,29 @@ class TrainerProcess:
     Args:
         config: The federation's settings, with the site's own folders and device.
         name: Which client it is.
-        shares_cases: See :class:`fedcmt.engines.site.Site`.
+        shares: See :class:`fedcmt.engines.site.Site`.
         log: File that the process's own output is appended to.
+        command: What Python runs.
     """
 
-    def __init__(self, config: FederationConfig, name: str, *, shares_cases: bool, log: Path) -> None:
+    def __init__(
+        self,
+        config: FederationConfig,
+        name: str,
+        *,
+        shares: Shares,
+        log: Path,
+        command: Sequence[str] = ("-m", __name__),
+    ) -> None:
         from_parent, to_child = os.pipe()
         from_child, to_parent = os.pipe()
+        for pipe in (to_child, to_parent):
+            with suppress(OSError):  # a system with a lower limit keeps its own size
+                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE)
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "ab") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(from_parent), str(to_parent)],
+                [sys.executable, *command, str(from_parent), str(to_parent)],
                 pass_fds=(from_parent, to_parent),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -62,7 +78,7 @@ class TrainerProcess:
         os.close(from_parent)
         os.close(to_parent)
         self._to, self._from = os.fdopen(to_child, "wb", 0), os.fdopen(from_child, "rb", 0)
-        opening = {"config": config.model_dump(mode="json"), "name": name, "shares_cases": shares_cases}
+        opening = {"config": config.model_dump(mode="json"), "name": name, "shares": shares}
         _write(self._to, json.dumps(opening).encode())
 
     @property
@@ -173,7 +189,7 @@ def main(source: BinaryIO, target: BinaryIO) -> None:
         site = Site(
             load_config(opening["config"]),
             opening["name"],
-            shares_cases=opening["shares_cases"],
+            shares=opening["shares"],
             note=lambda text: print(text, flush=True),
         )
     except InputError as error:
