@@ -30,7 +30,7 @@ from fedcmt.engines.nvflare_controller import FedCMTController
 from fedcmt.engines.nvflare_executor import FedCMTExecutor
 from fedcmt.engines.nvflare_local import LocalProcesses, free_port
 from fedcmt.engines.nvflare_settings import settings_of
-from fedcmt.engines.nvflare_wire import register
+from fedcmt.engines.nvflare_tensors import register
 from fedcmt.engines.site_process import TrainerProcess, receive, send
 
 SETTINGS = "FEDCMT_BENCHMARK"

@@ -133,6 +133,9 @@ class NvflareConfig(Settings):
     round_timeout: float = Field(
         3600, ge=1, le=10_000_000, description="seconds that a client has for training, and again for validation"
     )
+    preparation_timeout: float = Field(
+        86_400, ge=1, le=10_000_000, description="seconds that a client has for planning and preprocessing"
+    )
     start_timeout: float = Field(
         600, ge=1, le=10_000_000, description="seconds that the server waits for clients to connect and prepare"
     )

@@ -161,7 +161,7 @@ class Enrolment:
                 self._note(f"{name}: {self.absent[name]}")
 
         requests = {name: Message(body) for name in clients if name not in self.absent}
-        missing = self._carrier.ask(requests, timeout=self._config.nvflare.round_timeout, on_answer=on_answer)
+        missing = self._carrier.ask(requests, timeout=self._config.nvflare.preparation_timeout, on_answer=on_answer)
         for name, reason in missing.items():
             self.absent[name] = reason
             self._note(f"{name}: {reason}")

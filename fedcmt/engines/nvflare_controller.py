@@ -20,7 +20,8 @@ from fedcmt.checkpoint import Workspace
 from fedcmt.engines.coordinator import Coordinator
 from fedcmt.engines.messages import Message, MessageError
 from fedcmt.engines.nvflare_settings import settings_of
-from fedcmt.engines.nvflare_wire import TASK, from_wire, register, to_shareable
+from fedcmt.engines.nvflare_tensors import register
+from fedcmt.engines.nvflare_wire import TASK, from_wire, to_shareable
 from fedcmt.errors import InputError
 
 STATUS, STOP = "fedcmt.status", "fedcmt.stop"  # commands that an administrator can send to a running job

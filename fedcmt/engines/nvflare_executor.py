@@ -14,7 +14,8 @@ from nvflare.apis.signal import Signal
 from fedcmt.checkpoint import Workspace
 from fedcmt.engines.messages import Failed, Message, MessageError, Prepare
 from fedcmt.engines.nvflare_settings import settings_of
-from fedcmt.engines.nvflare_wire import TASK, from_wire, register, to_shareable
+from fedcmt.engines.nvflare_tensors import register
+from fedcmt.engines.nvflare_wire import TASK, from_wire, to_shareable
 from fedcmt.engines.site_process import Cancelled, TrainerDied, TrainerProcess
 from fedcmt.errors import InputError
 

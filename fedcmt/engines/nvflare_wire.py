@@ -11,20 +11,14 @@ from typing import Any
 import torch
 from nvflare.apis.dxo import DXO, DataKind, from_shareable
 from nvflare.apis.shareable import Shareable
-from nvflare.app_opt.pt.decomposers import TensorDecomposer
-from nvflare.fuel.utils import fobs
 from torch import Tensor
 
 from fedcmt.engines.messages import WIRE_DTYPES, Announced, Fitted, Message, MessageError, unpack_header
+from fedcmt.engines.nvflare_tensors import adjoining
 
 TASK = "fedcmt"  # the one task there is: answer a message
 _HEADER = "fedcmt"
 _PIECE = 4 * 2**20  # bytes
-
-
-def register() -> None:
-    """Teach NVFlare to carry tensors. Without it, on either side, they arrive empty and without an error."""
-    fobs.register(TensorDecomposer)
 
 
 def to_shareable(message: Message) -> Shareable:
@@ -54,15 +48,18 @@ def from_wire(shareable: Shareable) -> Message:
 
 
 def _joined(name: str, pieces: Any, expected: Announced) -> Tensor:
-    """One tensor from its pieces, which are let go one after the other."""
-    whole = torch.empty(expected.numel, dtype=WIRE_DTYPES[expected.dtype])
-    filled = index = 0
-    while filled < expected.numel:
-        piece = pieces.pop(f"{name}.{index}", None) if isinstance(pieces, dict) else None
-        if not isinstance(piece, Tensor) or piece.dtype != whole.dtype or piece.dim() != 1 or not piece.numel():
-            raise MessageError(f"{name} arrived with {filled} of {expected.numel} values")
-        if filled + piece.numel() > expected.numel:
-            raise MessageError(f"{name} arrived with more than {expected.numel} values")
-        whole[filled : filled + piece.numel()] = piece
-        filled, index = filled + piece.numel(), index + 1
-    return whole
+    """One tensor from its pieces: a view where they arrived side by side."""
+    found: list[Tensor] = []
+    count = 0
+    while count < expected.numel:
+        piece = pieces.pop(f"{name}.{len(found)}", None) if isinstance(pieces, dict) else None
+        if not isinstance(piece, Tensor) or piece.dtype != WIRE_DTYPES[expected.dtype] or piece.dim() != 1:
+            raise MessageError(f"{name} arrived with {count} of {expected.numel} {expected.dtype} values")
+        if not piece.numel() or count + piece.numel() > expected.numel:
+            raise MessageError(f"{name} arrived in pieces that do not make {expected.numel} values")
+        found.append(piece)
+        count += piece.numel()
+    if not found:
+        return torch.empty(0, dtype=WIRE_DTYPES[expected.dtype])
+    whole = adjoining(found[0], found)
+    return torch.cat(found) if whole is None else whole

@@ -93,6 +93,8 @@ class TrainerProcess:
             TrainerDied: The process ended.
             Cancelled: The answer was no longer wanted; the process has been ended.
         """
+        if self._to.closed:
+            raise TrainerDied("the trainer process ended before")
         try:
             send(self._to, message)
             while not select.select([self._from], [], [], _LOOK_AGAIN)[0]:
