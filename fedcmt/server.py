@@ -171,14 +171,20 @@ class Server:
             expected["decoder"] = expected["encoder"].new_empty(layout.size, device="meta")
         for part, shared in expected.items():
             tensor = getattr(update, part)
-            if tensor is None or tensor.shape != shared.shape or tensor.dtype not in _UPDATE_DTYPES:
+            dtypes = self._encoder_dtypes() if part == "encoder" else (shared.dtype,)
+            if tensor is None or tensor.shape != shared.shape or tensor.dtype not in dtypes:
                 found = "missing" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
-                return f"{part} update is {found}, expected {tuple(shared.shape)}"
+                return f"{part} update is {found}, expected {tuple(shared.shape)} {dtypes[0]}"
             stats = ops.screen(tensor, backend=self._backend)
             if stats.nonfinite:
                 return f"{part} update holds values that are not finite"
             self._quarantine.note(part, update.client, stats, tensor.numel())
         return None
+
+    def _encoder_dtypes(self) -> tuple[torch.dtype, ...]:
+        """Types that an encoder's update may have: of one round all have the same, so that they combine."""
+        seen = tuple(update.encoder.dtype for update in self._accepted.values())
+        return seen[:1] or _UPDATE_DTYPES
 
     @property
     def refused(self) -> Mapping[str, str]:

@@ -176,6 +176,9 @@ class InMemory:
         self.after: Callable[[str, Message], Message | str] = lambda name, answer: answer
         self.asked: list[tuple[str, Message]] = []
 
+    def expected(self) -> Sequence[str]:
+        return self.here
+
     def connected(self) -> Sequence[str]:
         return self.here
 

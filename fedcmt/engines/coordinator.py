@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -44,6 +45,8 @@ from fedcmt.report import write_report
 from fedcmt.scoring import results_of
 from fedcmt.server import Server
 from fedcmt.topology import AgreedTopology
+
+_PATIENCE = 90  # seconds
 
 State = Literal["running", "finished", "paused", "stopped", "failed"]
 
@@ -106,7 +109,8 @@ class Coordinator:
     def run(self) -> State:
         """Run until the federation is finished, stopped or has to pause; the reason stands in ``status.json``."""
         try:
-            with self._workspace.locked(), ExitStack() as stack:
+            with ExitStack() as stack:
+                self._lock(stack)
                 self._run(stack)
         except RunError as error:
             self._tell("paused", str(error))
@@ -114,6 +118,18 @@ class Coordinator:
             self._tell("failed", str(error))
         state: State = self.status["state"]
         return state
+
+    def _lock(self, stack: ExitStack) -> None:
+        """Take the workspace; a server that was killed may leave a job behind which takes a moment to notice."""
+        until = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                stack.enter_context(self._workspace.locked())
+                return
+            except InputError as error:
+                if time.monotonic() > until:
+                    raise RunError(str(error)) from None
+            time.sleep(1)
 
     def _run(self, stack: ExitStack) -> None:
         self._open()
@@ -138,8 +154,7 @@ class Coordinator:
         if reason:
             self.status["reason"] = reason
             self._note(f"{state}: {reason}")
-        if state != "failed" or self._workspace.config.is_file():
-            write_json(self._workspace.status, self.status)
+        write_json(self._workspace.status, self.status)
 
     def _open(self) -> None:
         workspace, config = self._workspace, self._config

@@ -24,6 +24,9 @@ _LOOK_AGAIN = 0.2  # seconds between looks at who is connected
 class Carrier(Protocol):
     """Carries messages to the clients and their answers back."""
 
+    def expected(self) -> Sequence[str]:
+        """Clients that have been told of this run; no other will ever connect to it."""
+
     def connected(self) -> Sequence[str]:
         """Clients that can be asked now."""
 
@@ -73,7 +76,7 @@ class Enrolment:
         self.absent: dict[str, str] = {}  # client -> why it cannot take part in this job
 
     def wait(self, quorum: int) -> list[str]:
-        """Wait until all clients of the next round are connected, or for the start timeout.
+        """Wait until all clients of the next round that are expected are connected, or for the start timeout.
 
         Returns:
             Who is.
@@ -85,7 +88,8 @@ class Enrolment:
         until = time.monotonic() + self._config.nvflare.start_timeout
         while True:
             here = [name for name in self._carrier.connected() if name in self._settings]
-            if wanted <= set(here) or self._carrier.ended() or time.monotonic() > until:
+            coming = (wanted & set(self._carrier.expected())) - set(here)
+            if not coming or self._carrier.ended() or time.monotonic() > until:
                 break
             time.sleep(_LOOK_AGAIN)
         self.absent = dict.fromkeys(sorted(wanted - set(here)), "not connected")

@@ -10,9 +10,10 @@ from typing import Any
 
 from nvflare.apis.client import Client as NvflareClient
 from nvflare.apis.controller_spec import ClientTask, Task, TaskCompletionStatus
-from nvflare.apis.fl_constant import ReturnCode
+from nvflare.apis.fl_constant import FLContextKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.impl.controller import Controller
+from nvflare.apis.job_def import JobMetaKey
 from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 
@@ -74,6 +75,12 @@ class FedCMTController(Controller):
         if self._coordinator is not None:
             self._coordinator.stop_after_round()
         return self._tell_status(topic, data, fl_ctx)
+
+    def expected(self) -> Sequence[str]:
+        """Clients to which NVFlare deployed this job."""
+        meta = self._context.get_prop(FLContextKey.JOB_META) if self._context else None
+        clients = meta.get(JobMetaKey.JOB_CLIENTS) if isinstance(meta, dict) else None
+        return [str(client["name"]) for client in clients] if clients else self.connected()
 
     def connected(self) -> Sequence[str]:
         """Clients of this job that have not been reported dead."""

@@ -83,6 +83,8 @@ class Supervisor:
                     job = self._running_job(config) or self._submit(config)
                     if job is not None:
                         self._watch(job, config)
+                        if (status := self._status())["state"] == "failed":
+                            raise InputError(status["reason"])
                         failures = 0 if self._round() > before else failures + 1
                 except InputError:
                     raise
@@ -116,8 +118,6 @@ class Supervisor:
 
     def _finished(self, config: FederationConfig) -> bool:
         status = self._status()
-        if status["state"] == "failed":
-            raise InputError(status["reason"])
         return status["state"] == "finished" and status["rounds"] == config.rounds
 
     def _connected(self) -> Any:
