@@ -42,9 +42,6 @@ class BenchmarkController(FedCMTController):
     def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
         """Called by NVFlare."""
         self._context, self._abort = fl_ctx, abort_signal
-        from fedcmt.engines import nvflare_wire
-
-        nvflare_wire._PIECE = int(os.environ.get("PIECE", nvflare_wire._PIECE))
         wanted = json.loads(os.environ[SETTINGS])
         while len(self.connected()) < wanted["clients"]:
             time.sleep(0.2)
@@ -66,6 +63,7 @@ class BenchmarkController(FedCMTController):
             message = Message(body, {"encoder": encoder}, parameters)
             missing = self.ask(dict.fromkeys(self.connected(), message), timeout=300, on_answer=on_answer)
             rows.append({"seconds": time.perf_counter() - started, "missing": dict(missing), "updates": len(arrived)})
+            arrived.clear()  # as the server lets go of them after its step
         usage = resource.getrusage(resource.RUSAGE_SELF)
         rows.append({"base_mib": base, "peak_mib": _peak(), "server_cpu": usage.ru_utime + usage.ru_stime})
         Path(wanted["result"]).write_text(json.dumps(rows))
@@ -73,12 +71,6 @@ class BenchmarkController(FedCMTController):
 
 class BenchmarkExecutor(FedCMTExecutor):
     """Starts a trainer that returns random numbers."""
-
-    def execute(self, *args):
-        from fedcmt.engines import nvflare_wire
-
-        nvflare_wire._PIECE = int(os.environ.get("PIECE", nvflare_wire._PIECE))
-        return super().execute(*args)
 
     def _start(self, fl_ctx: FLContext) -> TrainerProcess:
         name = fl_ctx.get_identity_name()
@@ -128,9 +120,6 @@ def main(options: argparse.Namespace) -> None:
     classes = ("communication.BenchmarkController", "communication.BenchmarkExecutor")
     nvflare_job.CLASSES = nvflare_provision.CLASSES = classes
     kits, _ = nvflare_provision.provision(config, folder, port=free_port(), one_machine=True)
-    for kit in (folder / "kits").iterdir():
-        for f in kit.glob("startup/fed_*.json"):
-            f.write_text(f.read_text().replace('"scheme": "http"', '"scheme": "%s"' % os.environ.get("SCHEME", "http")))
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with LocalProcesses(kits) as processes:
         processes.start([kits.host, *names])

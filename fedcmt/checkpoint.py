@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from fedcmt.config import FederationConfig
 from fedcmt.errors import InputError
 from fedcmt.files import check_same_tensors, read_json, read_tensors, write_bytes, write_json, write_text
 from fedcmt.model_checks import check_model, check_topology
@@ -242,6 +243,16 @@ class Workspace:
     def write_metrics(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Write all lines."""
         write_text(self.metrics, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
+
+
+def results_of(config: FederationConfig, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The content of ``results.json``."""
+    return {
+        "federation": config.name,
+        "strategy": config.strategy.name,
+        "rounds": config.rounds,
+        "clients": list(entries),
+    }
 
 
 def existing_client(workspace: Path, name: str) -> ClientFolder:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedcmt import strategies
-from fedcmt.checkpoint import Workspace
+from fedcmt.checkpoint import Workspace, results_of
 from fedcmt.client import Client
 from fedcmt.config import FederationConfig, dump_config, load_config
 from fedcmt.continuing import check_same_federation, first_rounds
@@ -21,11 +21,11 @@ from fedcmt.device import choose_device
 from fedcmt.display import Display, open_display
 from fedcmt.errors import InputError
 from fedcmt.files import read_json, write_json, write_text
-from fedcmt.initial_weights import read_weights
+from fedcmt.initial_weights import read_weights, report_matches
 from fedcmt.plans import ClientPlan
-from fedcmt.preparation import load_datasets, prepare, report_matches, write_client_description
+from fedcmt.preparation import load_datasets, prepare, write_client_description
 from fedcmt.report import write_report
-from fedcmt.scoring import results_of, score_and_export
+from fedcmt.scoring import score_and_export
 from fedcmt.server import Server
 
 

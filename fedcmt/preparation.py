@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 from fedcmt.checkpoint import ClientFolder, Workspace
 from fedcmt.config import ClientConfig, FederationConfig
 from fedcmt.data.nnunet_loader import NnunetRules
 from fedcmt.dataset import RawDataset, load_dataset
-from fedcmt.errors import InputError, Problems
+from fedcmt.errors import Problems
 from fedcmt.files import write_json
-from fedcmt.initial_weights import Matched
 from fedcmt.plans import ClientPlan, check_client, prepare_client, shape_summary
 from fedcmt.preprocessing import preprocessing_warnings
 from fedcmt.topology import AgreedTopology, TopologyContract
@@ -84,24 +82,6 @@ def _contract(
     contract = TopologyContract.of(config.topology, list(told.values()))
     note(f"topology chosen: strides {contract.arch_kwargs['strides']}, digest {contract.digest()[:12]}")
     return AgreedTopology(contract, told)
-
-
-def report_matches(path: Path, matches: Mapping[str, Matched], client: str | None, note: Note) -> None:
-    """Say what the parts took from a checkpoint.
-
-    Raises:
-        InputError: Nothing fits.
-    """
-    for part, matched in matches.items():
-        for line in matched.lines():
-            note(f"{client + ': ' if client else ''}{path.name} -> {part}: {line}")
-    if not any(matched.taken for matched in matches.values()):
-        raise InputError(
-            f"nothing in {path} matches the {' or the '.join(matches)} by name and shape",
-            client=client,
-            field="initial_weights",
-            fix="use a checkpoint of the same topology",
-        )
 
 
 def write_client_description(folder: ClientFolder, plan: ClientPlan) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fedcmt.checkpoint import Workspace, export_nnunet_model
-from fedcmt.config import FederationConfig, InferenceConfig
+from fedcmt.config import InferenceConfig
 from fedcmt.dataset import Case
 from fedcmt.files import read_tensors
 from fedcmt.infer import Prediction, Predictor
@@ -58,16 +58,6 @@ def score_and_export(
     entry = score_client(workspace, name, plan, inference, device)
     export_nnunet_model(workspace.client(name), workspace.client(name).model)
     return entry
-
-
-def results_of(config: FederationConfig, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The content of ``results.json``."""
-    return {
-        "federation": config.name,
-        "strategy": config.strategy.name,
-        "rounds": config.rounds,
-        "clients": list(entries),
-    }
 
 
 def _held_out(plan: ClientPlan) -> tuple[Mapping[str, Case], str]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedcmt import strategies
-from fedcmt.checkpoint import Workspace
+from fedcmt.checkpoint import Workspace, results_of
 from fedcmt.config import FederationConfig, NvflareConfig, dump_config
 from fedcmt.continuing import check_same_federation
 from fedcmt.curves import Curves
@@ -39,10 +39,8 @@ from fedcmt.engines.privacy import DESTROYED, dequantized
 from fedcmt.errors import InputError, RunError
 from fedcmt.exchange import ClientUpdate, Outgoing
 from fedcmt.files import read_json, write_json, write_text
-from fedcmt.initial_weights import read_weights
-from fedcmt.preparation import report_matches
+from fedcmt.initial_weights import read_weights, report_matches
 from fedcmt.report import write_report
-from fedcmt.scoring import results_of
 from fedcmt.server import Server
 from fedcmt.topology import AgreedTopology
 

@@ -18,6 +18,7 @@ CLASSES = ("fedcmt.engines.nvflare_controller.FedCMTController", "fedcmt.engines
 # NVFlare's own pace is for jobs of hours; these are looked at by every process of the job.
 _PACE = {
     "task_request_interval": 0.2,
+    "max_runner_sync_timeout": 600.0,  # a busy server may take minutes to start its side of the job
     "task_check_interval": 2.0,
     "dead_client_grace_period": 10.0,
     "dead_client_check_lead_time": 10.0,

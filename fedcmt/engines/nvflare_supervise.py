@@ -22,7 +22,7 @@ from fedcmt.engines.nvflare_provision import ADMIN, Kits
 from fedcmt.errors import InputError
 from fedcmt.files import read_json
 
-_LOOK_AGAIN = 2.0  # seconds
+_LOOK_AGAIN = 5.0  # seconds; each look is a line in the server's audit log
 _SETTLED = 5.0  # seconds for which a site must have been back before the others' job is ended for it
 _LONGEST_PAUSE = 60.0  # seconds between attempts that fail one after the other
 

@@ -41,9 +41,9 @@ from fedcmt.engines.privacy import DESTROYED, UpdateFilters, dequantized
 from fedcmt.errors import InputError, RunError
 from fedcmt.exchange import ClientDescription, ClientUpdate, Outgoing
 from fedcmt.files import write_json
-from fedcmt.initial_weights import read_weights
+from fedcmt.initial_weights import read_weights, report_matches
 from fedcmt.plans import ClientPlan, shape_summary
-from fedcmt.preparation import load_client_dataset, plan_client, report_matches, write_client_description
+from fedcmt.preparation import load_client_dataset, plan_client, write_client_description
 from fedcmt.scoring import score_and_export, without_nan
 from fedcmt.topology import TopologyContract
 
