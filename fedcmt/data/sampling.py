@@ -116,7 +116,7 @@ def draw_patch(
         cases: To choose from, with replacement.
         facts: Of a case, by its name.
     """
-    case, forced = cases[rng.integers(len(cases))], rules.forces_foreground(index)
+    case, forced = cases[int(rng.integers(len(cases)))], rules.forces_foreground(index)
     corner = _draw_corner(rng, rules, facts(case), forced)
     if not rules.augment:
         return Draws(index, case, corner, forced)
@@ -169,7 +169,7 @@ def _candidates(
         return voxels if voxels is not None and len(voxels) else None
     present = [key for key, voxels in foreground.items() if len(voxels)]
     if len(present) > 1 and rules.annotated in present:
-        present.remove(rules.annotated)  # type: ignore[arg-type]
+        present.remove(rules.annotated)
     return foreground[present[rng.integers(len(present))]] if present else None
 
 
