@@ -24,14 +24,13 @@ class Reading:
     Attributes:
         corner: In the case; may lie outside, where the case is padded.
         size: Of the part.
-        matrix: A `[3, 3]` float64; None where the part is the patch.
-        shift: t `[3]` with ``q = A o + t``, in voxels of the part.
+        affine: A and t with ``q = A o + t`` in voxels of the part, for :func:`fedcmt.ops.warp_patch`; `[3, 4]` float64.
+            None where the part is the patch.
     """
 
     corner: Size
     size: Size
-    matrix: np.ndarray | None = None
-    shift: np.ndarray | None = None
+    affine: np.ndarray | None = None
 
 
 def reading(draws: Draws, rules: PatchRules) -> Reading:
@@ -39,16 +38,18 @@ def reading(draws: Draws, rules: PatchRules) -> Reading:
     initial, final = np.asarray(rules.initial_size), np.asarray(rules.patch_size)
     if not draws.warped:
         return Reading(_size(np.asarray(draws.corner) + initial // 2 - final // 2), rules.patch_size)
-    matrix = affine(draws.angles or (0.0, 0.0, 0.0), draws.scales or (1.0, 1.0, 1.0))
+    matrix = turned(draws.angles or (0.0, 0.0, 0.0), draws.scales or (1.0, 1.0, 1.0))
     centre = (initial - 1) / 2
     reach = np.abs(matrix) @ ((final - 1) / 2) + 1e-4  # the last for rounding to float32
     low = np.clip(np.floor(centre - reach).astype(int), 0, initial - 1)
     high = np.clip(np.floor(centre + reach).astype(int) + 2, low + 1, initial)
     shift = centre - matrix @ ((final - 1) / 2) - low
-    return Reading(_size(np.asarray(draws.corner) + low), _size(high - low), matrix, shift)
+    return Reading(
+        _size(np.asarray(draws.corner) + low), _size(high - low), np.concatenate([matrix, shift[:, None]], axis=1)
+    )
 
 
-def affine(angles: Axes, scales: Axes) -> np.ndarray:
+def turned(angles: Axes, scales: Axes) -> np.ndarray:
     """A `[3, 3]` float64 from angles in radians about D, H, W and scales along them."""
     (sx, sy, sz), (cx, cy, cz) = np.sin(angles), np.cos(angles)
     about_d = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])

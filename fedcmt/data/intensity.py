@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -70,9 +69,7 @@ def taps(sigma: float) -> list[float]:
 
 def _blur_along(voxels: Tensor, axis: int, weights: Sequence[float]) -> None:
     radius, extent = len(weights) // 2, voxels.shape[axis]
-    padded = voxels.index_select(axis, _mirrored(extent, radius)) if axis else None
-    if padded is None:  # along the first axis whole slices are copied at once
-        padded = voxels[_mirrored(extent, radius)]
+    padded = voxels.index_select(axis, _mirrored(extent, radius))
     torch.mul(padded.narrow(axis, radius, extent), weights[radius], out=voxels)
     for step in range(1, radius + 1):
         for start in (radius - step, radius + step):
@@ -107,8 +104,3 @@ def gamma(voxels: Tensor, exponent: float) -> None:
     new_deviation, new_mean = torch.std_mean(voxels)
     # One pass for the two affine maps that follow each other: back to the range, and to the statistics.
     voxels.sub_(new_mean).mul_(width * deviation / (new_deviation * width).clamp_min(_EPSILON)).add_(mean)
-
-
-def as_tensor(values: np.ndarray) -> Tensor:
-    """A tensor on the same memory."""
-    return torch.from_numpy(values)

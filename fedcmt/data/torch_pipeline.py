@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedcmt import ops
 from fedcmt.data.geometry import Reading, reading
 from fedcmt.data.intensity import change_intensities
 from fedcmt.data.sampling import Draws, PatchRules, draw_patch
 from fedcmt.data.source import Case, CaseReader, Image, Labels
 from fedcmt.data.targets import TargetRules, mask_image, targets
-from fedcmt.data.warp import warp
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ def augmented(
         Image `[C, D, H, W]` and labels `[D, H, W]`, mirrored: they need not be contiguous.
     """
     voxels = torch.from_numpy(image)
-    if part.matrix is not None and part.shift is not None:
-        voxels, marks = warp(voxels, torch.from_numpy(labels), part.matrix, part.shift, rules.patch_size)
-        labels = marks.numpy()
+    if part.affine is not None:
+        voxels, marks = ops.warp_patch(voxels, torch.from_numpy(labels)[None], part.affine, rules.patch_size)
+        labels = marks[0].numpy()
     change_intensities(voxels, draws, noise)
     steps = tuple(slice(None, None, -1 if axis in draws.mirror else None) for axis in range(3))
     return voxels.numpy()[(slice(None), *steps)], labels[steps]
