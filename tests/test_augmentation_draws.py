@@ -133,7 +133,7 @@ def test_parameters_are_distributed_as_nnunets(shape: str, monkeypatch: pytest.M
     assert max(found.values()) < 4.5, found
     for name, value, feature in (
         ("P_BLUR", 0.3, "blur"),
-        ("SCALING", (0.65, 1.4), "matrix"),
+        ("SCALING", (0.5, 1.4), "matrix"),
         ("NOISE", (0.0, 0.15), "noise"),
         ("P_GAMMA", 0.4, "gamma"),
     ):
