@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedcmt import ops
 from fedcmt.checkpoint import ClientFolder
 from fedcmt.config import ClientConfig, FederationConfig
 from fedcmt.exchange import PARTS, ClientDescription, ClientUpdate, Membership, Outgoing
@@ -117,7 +118,7 @@ class Client:
                 self._receive(outgoing)
             trainer.receive(outgoing.encoder, outgoing.adaptor)
             trainer.trained = outgoing.trained
-        encoder, adaptor = trainer.encoder.clone(), trainer.adaptor.clone()
+        encoder, adaptor = ops.copy_buffer(trainer.encoder), ops.copy_buffer(trainer.adaptor)
         fitted = trainer.fit(round_index, self._steps, lambda step, loss: on_step(self.name, step, self._steps, loss))
         torch.sub(trainer.encoder, encoder, out=encoder)
         torch.sub(trainer.adaptor, adaptor, out=adaptor)

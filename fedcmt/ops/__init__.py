@@ -15,6 +15,7 @@ from fedcmt.ops._labels import logits_to_labels
 from fedcmt.ops._means import screen, weighted_mean
 from fedcmt.ops._stats import ScreenStats, StepStats
 from fedcmt.ops._step import Optimizer, server_step
+from fedcmt.ops.buffers import copy_buffer, empty_buffer, zero_buffer
 from fedcmt.ops.mapped import MappedUpdates
 
 __all__ = [
@@ -25,6 +26,8 @@ __all__ = [
     "ScreenStats",
     "StepStats",
     "backend_info",
+    "copy_buffer",
+    "empty_buffer",
     "gramian",
     "gramian_append",
     "logits_to_labels",
@@ -33,4 +36,5 @@ __all__ = [
     "screen",
     "server_step",
     "weighted_mean",
+    "zero_buffer",
 ]
