@@ -16,8 +16,9 @@ def empty_buffer(length: int, dtype: torch.dtype = torch.float32, device: torch.
     """A vector without values for parameters, state or updates.
 
     Operations on buffers far larger than the caches wait for address translation: with pages of 4 KiB each of many
-    rows needs a new entry every thousand elements. A large buffer on a Linux CPU therefore asks for huge pages, which the
-    kernel gives unless transparent huge pages are switched off ("never"). Everywhere else this is :func:`torch.empty`.
+    rows needs a new entry every thousand elements. A large buffer on a Linux CPU therefore asks for huge pages, which
+    the kernel gives unless transparent huge pages are switched off ("never"). Everywhere else this is
+    :func:`torch.empty`.
 
     Args:
         length: Number of elements, P.
