@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedcmt import ops
 from fedcmt.checkpoint import ClientFolder
 from fedcmt.config import ClientConfig, FederationConfig
 from fedcmt.exchange import PARTS, ClientDescription, ClientUpdate, Membership, Outgoing
@@ -25,6 +26,10 @@ from fedcmt.trainer import FitResult, Trainer
 
 class Client:
     """A site with its data, network and best model.
+
+    Attributes:
+        steps: Local steps a round.
+        trainer: Holds its network.
 
     Args:
         config: The client's settings.
@@ -49,18 +54,19 @@ class Client:
             config.joins_at_round, config.leaves_after_round, config.warmup_rounds, config.starting_adaptor
         )
         self._target = config.target or target_of(plan)
-        self._steps = config.local_steps or federation.training.local_steps
+        self.steps = config.local_steps or federation.training.local_steps
         self._work = work or ClientWork()
-        self._trainer = self._new_trainer(config, federation, self._work, device)
+        self.trainer = self._new_trainer(config, federation, self._work, device)
         self._personal: Trainer | None = None
         if self._work.personal is not None:
             proximal = ClientWork(proximal=self._work.personal)
-            self._personal = self._new_trainer(config, federation, proximal, device, self._trainer.objective)
+            self._personal = self._new_trainer(config, federation, proximal, device, self.trainer.objective)
         self._topology = contract_digest(plan.architecture)
         self._best: Validation | None = None
         self._best_facts: dict[str, Any] = {}
         self._best_model: dict[str, Tensor] | None = None  # of this round, until saved
         self._local: Validation | None = None  # of this round's local training
+        self._began: tuple[Tensor, Tensor] | None = None  # encoder and adaptor before it
         self._goes_on = False  # from its own model instead of the server's
         self._line: dict[str, Any] = {}
 
@@ -94,9 +100,9 @@ class Client:
             int(channels),
             len(self.plan.train),
             self._topology,
-            self._trainer.encoder_layout.digest(),
+            self.trainer.encoder_layout.digest(),
             self._target,
-            self._trainer.decoder_layout,
+            self.trainer.decoder_layout,
             self.membership,
         )
 
@@ -104,7 +110,7 @@ class Client:
         """Start the client's own decoder from a checkpoint; encoder and adaptor come from the server."""
         if self._personal is not None:
             start_from(self._personal.network, weights, ["decoder"])
-        return start_from(self._trainer.network, weights, ["decoder"])
+        return start_from(self.trainer.network, weights, ["decoder"])
 
     def fit(
         self, outgoing: Outgoing | None, round_index: int, on_step: Callable[[str, int, int, float], None]
@@ -119,14 +125,36 @@ class Client:
         Returns:
             The update: what local training changed.
         """
-        trainer = self._trainer
+        self.begin(outgoing)
+        fitted = self.trainer.fit(
+            round_index, self.steps, lambda step, loss: on_step(self.name, step, self.steps, loss)
+        )
+        return self.finish(fitted, round_index, outgoing)
+
+    def begin(self, outgoing: Outgoing | None) -> None:
+        """Receive what local training starts from; None for the client's own."""
+        trainer = self.trainer
         if outgoing is not None:
             if not self._goes_on:
                 self._receive(outgoing)
             trainer.receive(outgoing.encoder, outgoing.adaptor)
             trainer.trained = outgoing.trained
-        encoder, adaptor = trainer.encoder.clone(), trainer.adaptor.clone()
-        fitted = trainer.fit(round_index, self._steps, lambda step, loss: on_step(self.name, step, self._steps, loss))
+        self._began = ops.copy_buffer(trainer.encoder), ops.copy_buffer(trainer.adaptor)
+
+    def finish(self, fitted: FitResult, round_index: int, outgoing: Outgoing | None) -> ClientUpdate:
+        """Validate what training made, and train the personal model where there is one.
+
+        Args:
+            fitted: What training reported.
+            round_index: Its round.
+            outgoing: As in :meth:`begin`.
+
+        Returns:
+            The update: what training changed since :meth:`begin`.
+        """
+        trainer = self.trainer
+        assert self._began is not None
+        (encoder, adaptor), self._began = self._began, None
         torch.sub(trainer.encoder, encoder, out=encoder)
         torch.sub(trainer.adaptor, adaptor, out=adaptor)
         for update, layout in ((encoder, trainer.encoder_layout), (adaptor, trainer.adaptor_layout)):
@@ -149,7 +177,7 @@ class Client:
             "client": self.name,
             "group": self.plan.group,
             "task": self.plan.task,
-            "phase": "warm-up" if self._trainer.trained != PARTS else "training",
+            "phase": "warm-up" if self.trainer.trained != PARTS else "training",
             "validated_on": "training cases" if self.plan.validates_on_training else "held-out cases",
             "num_cases": len(self.plan.train),
             "local_steps": fitted.steps,
@@ -164,7 +192,7 @@ class Client:
             trainer.adaptor.copy_(outgoing.adaptor)
         trainer.receive(outgoing.encoder, outgoing.adaptor)
         trainer.trained = outgoing.trained
-        fitted = trainer.fit(round_index, self._work.personal_steps or self._steps, lambda step, loss: None)
+        fitted = trainer.fit(round_index, self._work.personal_steps or self.steps, lambda step, loss: None)
         personal, seconds = self._validate("personal", round_index)
         self._line |= {"personal": personal.as_json(), "personal_steps": fitted.steps}
         for activity, spent in {**_seconds(fitted), "validate": seconds}.items():
@@ -183,7 +211,7 @@ class Client:
         counts = refused is None and self._line["phase"] == "training"
         line = self._line | {"participated": counts} | ({"refused": refused} if refused else {})
         if outgoing is not None:
-            own = self._trainer.encoder.clone(), self._trainer.adaptor.clone()
+            own = self.trainer.encoder.clone(), self.trainer.adaptor.clone()
             self._receive(outgoing)
             aggregated, seconds = self._validate("aggregated", line["round"])
             line["aggregated"] = aggregated.as_json()
@@ -203,7 +231,7 @@ class Client:
             Its validation, the share of the client's own model in it, and the seconds spent.
         """
         assert self._local is not None
-        trainer, seconds = self._trainer, 0.0
+        trainer, seconds = self.trainer, 0.0
         server = trainer.encoder.clone(), trainer.adaptor.clone()
         seen = [(aggregated, 0.0), (self._local, 1.0)]
         if self._work.adoption == "mixed":
@@ -219,14 +247,14 @@ class Client:
         return *best, seconds
 
     def _blend(self, server: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], share: float) -> None:
-        for flat, theirs, mine in zip((self._trainer.encoder, self._trainer.adaptor), server, own, strict=True):
+        for flat, theirs, mine in zip((self.trainer.encoder, self.trainer.adaptor), server, own, strict=True):
             torch.lerp(theirs, mine, share, out=flat)
 
     def _local_segments(self, layout: FlatLayout) -> list[Segment]:
         return [s for s in layout.segments if any(mark in s.name for mark in self._work.stays_local)]
 
     def _receive(self, outgoing: Outgoing) -> None:
-        trainer = self._trainer
+        trainer = self.trainer
         for flat, layout, value in (
             (trainer.encoder, trainer.encoder_layout, outgoing.encoder),
             (trainer.adaptor, trainer.adaptor_layout, outgoing.adaptor),
@@ -240,7 +268,7 @@ class Client:
 
     def _validate(self, stage: str, round_index: int) -> tuple[Validation, float]:
         started = time.perf_counter()
-        trainer = self._trainer if stage != "personal" or self._personal is None else self._personal
+        trainer = self.trainer if stage != "personal" or self._personal is None else self._personal
         result = trainer.validate()
         # A client with a personal model uses no other.
         if trainer is self._final and result.better_than(self._best):
@@ -252,13 +280,13 @@ class Client:
     @property
     def _final(self) -> Trainer:
         """Holds the model that the client uses."""
-        return self._personal or self._trainer
+        return self._personal or self.trainer
 
     def save(self, round_index: int) -> None:
         """Write what resuming needs, then the models. Not committed until the server's state is written."""
         facts = {"client": self.name, "round": round_index, "topology": self._topology}
         best = None if self._best is None else self._best.as_json()
-        state = self._trainer.state()
+        state = self.trainer.state()
         if self._personal is not None:
             state |= {f"personal.{name}": tensor for name, tensor in self._personal.state().items()}
         write_tensors(
@@ -287,7 +315,7 @@ class Client:
         if self._personal is not None:
             personal = {k.removeprefix("personal."): t for k, t in tensors.items() if k.startswith("personal.")}
             self._personal.restore(personal, source=path)
-        self._trainer.restore({k: t for k, t in tensors.items() if not k.startswith("personal.")}, source=path)
+        self.trainer.restore({k: t for k, t in tensors.items() if not k.startswith("personal.")}, source=path)
         self._best = None if facts["best"] is None else Validation.from_json(facts["best"])
         self._best_facts, self._goes_on = facts["best_facts"], facts["goes_on"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedcmt import strategies
+from fedcmt import joint, strategies
 from fedcmt.checkpoint import Workspace, export_nnunet_model
 from fedcmt.client import Client
 from fedcmt.config import FederationConfig, dump_config, load_config
@@ -22,6 +22,7 @@ from fedcmt.dataset import RawDataset, load_dataset
 from fedcmt.device import choose_device
 from fedcmt.display import Display, open_display
 from fedcmt.errors import InputError, Problems
+from fedcmt.exchange import ClientUpdate
 from fedcmt.files import read_json, write_json, write_text
 from fedcmt.initial_weights import Matched, read_weights
 from fedcmt.plans import ClientPlan, check_client, prepare_client, shape_summary
@@ -72,6 +73,8 @@ def run_federation(
         torch.set_num_threads(config.threads)
     strategy = strategies.create(config.strategy)
     strategy.check([client.name for client in config.clients])
+    if strategy.pooled:
+        joint.check_clients(config.clients)
     device = choose_device(config.device)
     workspace = Workspace(config.workspace_folder())
     datasets = _load_datasets(config)
@@ -99,7 +102,10 @@ def run_federation(
             device=device,
             backend=config.backend,
             initial_weights=weights.get(config.initial_weights) if first == 1 else None,
+            one_process=True,
         )
+        if server.pooled:
+            joint.pool(clients)
         _start(config, weights, first, server, clients, display)
         if fresh:
             workspace.clear()
@@ -125,9 +131,8 @@ def run_round(server: Server, clients: Sequence[Client], round_index: int, displ
     display.round_started(round_index, [client.name for client in clients])
     server.begin(round_index)
     refused = {}
-    for client in clients:
-        update = client.fit(server.outgoing(client.name), round_index, display.step)
-        refused[client.name] = server.accept(update)
+    for update in _updates(server, clients, round_index, display):
+        refused[update.client] = server.accept(update)
     server_line = server.finish()
     lines = []
     for client in clients:
@@ -135,6 +140,16 @@ def run_round(server: Server, clients: Sequence[Client], round_index: int, displ
         display.client_finished(lines[-1])
     display.round_finished(server_line)
     return [*lines, server_line]
+
+
+def _updates(server: Server, clients: Sequence[Client], round_index: int, display: Display) -> Iterator[ClientUpdate]:
+    """Local training of one client after the other, or of all as one."""
+    if server.pooled:
+        received = {client.name: server.outgoing(client.name) for client in clients}
+        yield from joint.fit(clients, received, round_index, display.step)
+        return
+    for client in clients:
+        yield client.fit(server.outgoing(client.name), round_index, display.step)
 
 
 def commit(workspace: Workspace, server: Server, clients: Sequence[Client], lines: Sequence[Mapping[str, Any]]) -> None:

@@ -16,6 +16,7 @@ from fedcmt.ops._means import screen, weighted_mean
 from fedcmt.ops._patch import patch_affine, warp_patch
 from fedcmt.ops._stats import ScreenStats, StepStats
 from fedcmt.ops._step import Optimizer, server_step
+from fedcmt.ops.buffers import copy_buffer, empty_buffer, zero_buffer
 from fedcmt.ops.mapped import MappedUpdates
 
 __all__ = [
@@ -26,6 +27,8 @@ __all__ = [
     "ScreenStats",
     "StepStats",
     "backend_info",
+    "copy_buffer",
+    "empty_buffer",
     "gramian",
     "gramian_append",
     "logits_to_labels",
@@ -36,4 +39,5 @@ __all__ = [
     "server_step",
     "warp_patch",
     "weighted_mean",
+    "zero_buffer",
 ]
