@@ -113,6 +113,23 @@ void warp_patch_cuda(const Maps& image, const Maps& labels, int label_fill,
   check_cuda(cuda::warp_patch(arguments, launch_of(launch)));
 }
 
+int64_t change_intensities_workspace_bytes(Address image, const Sizes& shape,
+                                           const std::vector<Changes>& changes, uint64_t seed,
+                                           const std::vector<bool>& mirrored) {
+  const auto channels = channel_changes(changes);
+  return cuda::change_intensities_workspace_bytes(
+      intensity_arguments(image, shape, channels, seed, mirrored));
+}
+
+void change_intensities_cuda(Address image, const Sizes& shape, const std::vector<Changes>& changes,
+                             uint64_t seed, const std::vector<bool>& mirrored,
+                             const LaunchTuple& launch) {
+  const auto channels = channel_changes(changes);
+  const auto arguments = intensity_arguments(image, shape, channels, seed, mirrored);
+  const py::gil_scoped_release release;
+  check_cuda(cuda::change_intensities(arguments, launch_of(launch)));
+}
+
 #endif
 
 }  // namespace
@@ -122,6 +139,8 @@ void define_patch(py::module_& m) {
   m.def("change_intensities_cpu", &change_intensities_cpu);
 #ifdef FEDCMT_WITH_CUDA
   m.def("warp_patch_cuda", &warp_patch_cuda);
+  m.def("change_intensities_workspace_bytes", &change_intensities_workspace_bytes);
+  m.def("change_intensities_cuda", &change_intensities_cuda);
 #endif
 }
 

@@ -61,6 +61,20 @@ struct IntensityArguments {
   bool mirrored[3];  // the image lies mirrored: the nearest voxel is chosen from the other side
 };
 
+// Of the values that a pass has written.
+struct Totals {
+  float least, largest;
+  double sum, squares;
+};
+
+// A function of one value. u stands for scale * x + shift.
+struct PointChange {
+  enum Kind { kNothing, kLinear, kStretch, kPower } kind;
+  float scale, shift;     // kLinear: u
+  float low, high;        // kStretch: u, kept within [low, high]
+  float width, exponent;  // kPower: ((u - low) / width)^exponent, its base kept within [0, 1]
+};
+
 // Normal numbers for voxel v of a channel, all from Philox4x32-10 (Salmon et al., 2011) with the
 // key `seed`: block v / 64 of voxels takes 16 counters (index, 0, channel, 0), index = 16 * block +
 // v % 16, and word v % 64 / 16 of each. Words 0 and 1 give a pair by Box and Muller, so do 2 and 3.
@@ -78,6 +92,9 @@ void change_intensities(const IntensityArguments& arguments, int num_threads);
 namespace cuda {
 
 int warp_patch(const WarpArguments& arguments, const Launch& launch);
+
+int64_t change_intensities_workspace_bytes(const IntensityArguments& arguments);
+int change_intensities(const IntensityArguments& arguments, const Launch& launch);
 
 }  // namespace cuda
 }  // namespace fedcmt

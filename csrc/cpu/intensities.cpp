@@ -9,6 +9,7 @@
 #include <limits>
 #include <vector>
 
+#include "../intensity_plan.h"
 #include "../patch.h"
 #include "dispatch.h"
 #include "threads.h"
@@ -18,7 +19,6 @@ namespace cpu {
 namespace {
 
 constexpr int64_t kRun = 16384;  // voxels; a multiple of kNoiseBlock
-constexpr float kLeastWidth = 1e-7f;
 constexpr int64_t kVectorPadding = 16;
 
 // Memory that the next call of this thread finds again: large blocks are given back to the system
@@ -38,22 +38,6 @@ Totals merged(const std::vector<Totals>& parts) {
     all.squares += part.squares;
   }
   return all;
-}
-
-// What nnU-Net's transforms ask of a channel.
-struct Statistics {
-  float least, largest;
-  double mean, deviation;
-
-  float width() const { return largest - least; }
-  Statistics negated() const { return {-largest, -least, -mean, deviation}; }
-};
-
-Statistics statistics_of(const Totals& totals, int64_t count) {
-  const auto n = static_cast<double>(count);
-  const double mean = totals.sum / n;
-  const double variance = (totals.squares - totals.sum * mean) / (n - 1);  // of one voxel: NaN, as in torch
-  return {totals.least, totals.largest, mean, std::sqrt(std::max(variance, 0.0))};
 }
 
 // Places of a small axis between which the voxels of an axis lie: torch's interpolate, trilinear.
@@ -111,12 +95,11 @@ class Channel {
     if (changes_.taps[0] != nullptr || changes_.taps[1] != nullptr || changes_.taps[2] != nullptr) {
       filter(stretches || (raises && !thins));
     } else if (changes_.brightness != 1.0f) {
-      const float factor = changes_.brightness;
-      change({PointChange::kLinear, factor, 0, 0, 0, 0, 0}, voxels_, count_, stretches || (raises && !thins));
+      change(multiplying(changes_.brightness), voxels_, count_, stretches || (raises && !thins));
     }
     PointChange stretch{};
     if (stretches) {
-      stretch = stretching(measured());
+      stretch = stretching(measured(), changes_.contrast);
       if (!thins) change(stretch, voxels_, count_, raises);
     }
     if (thins) lower_resolution(stretch, raises);
@@ -186,11 +169,6 @@ class Channel {
     return statistics_;
   }
 
-  PointChange stretching(const Statistics& s) const {
-    const auto shift = static_cast<float>(s.mean * (1.0 - changes_.contrast));
-    return {PointChange::kStretch, changes_.contrast, shift, s.least, s.largest, 0, 0};
-  }
-
   // `before` still has to be applied; it is, to the voxels that are kept.
   void lower_resolution(const PointChange& before, bool measure) {
     const int64_t* small = changes_.small;
@@ -234,29 +212,15 @@ class Channel {
     }
   }
 
-  // Both gammas: the power of one pass, whose values lie in [0, 1], is brought to the old mean and
-  // deviation by a linear change, which the second power takes along.
   void raise() {
-    Statistics s = measured();
-    float scale = 1.0f, shift = 0.0f;
-    for (const float exponent : {-changes_.gamma_inverted, changes_.gamma}) {
+    Gamma gamma{measured(), 1.0f, 0.0f};
+    for (const bool inverted : {true, false}) {
+      const float exponent = inverted ? changes_.gamma_inverted : changes_.gamma, sign = inverted ? -1.0f : 1.0f;
       if (exponent == 0.0f) continue;
-      const float sign = exponent < 0 ? -1.0f : 1.0f;
-      if (exponent < 0) s = s.negated();
-      const float width = std::max(s.width(), kLeastWidth);
-      change({PointChange::kPower, sign * scale, sign * shift, s.least, 0, width, std::fabs(exponent)}, voxels_, count_,
-             true);
-      const double raised_deviation = statistics_.deviation * s.width();
-      const double factor = s.width() * s.deviation / std::max<double>(raised_deviation, kLeastWidth);
-      const double offset = s.mean - statistics_.mean * factor;
-      scale = static_cast<float>(sign * factor);
-      shift = static_cast<float>(sign * offset);
-      // As the next pass will compute them: the least value has to be 0 there, whose power is 0.
-      const float one_end = statistics_.least * scale + shift, other_end = statistics_.largest * scale + shift;
-      s = {std::min(one_end, other_end), std::max(one_end, other_end), sign * s.mean,
-           statistics_.deviation * factor};
+      change(raising(gamma, sign, exponent), voxels_, count_, true);
+      gamma = restoring(gamma, sign, statistics_);
     }
-    change({PointChange::kLinear, scale, shift, 0, 0, 0, 0}, voxels_, count_, false);
+    change({PointChange::kLinear, gamma.scale, gamma.shift, 0, 0, 0, 0}, voxels_, count_, false);
   }
 
   const IntensityArguments& a_;

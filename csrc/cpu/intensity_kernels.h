@@ -3,22 +3,10 @@
 
 #include <cstdint>
 
+#include "../patch.h"
+
 namespace fedcmt {
 namespace cpu {
-
-// Of the values that a pass has written.
-struct Totals {
-  float least, largest;
-  double sum, squares;
-};
-
-// A function of one value. u stands for scale * x + shift.
-struct PointChange {
-  enum Kind { kNothing, kLinear, kStretch, kPower } kind;
-  float scale, shift;    // kLinear: u
-  float low, high;       // kStretch: u, kept within [low, high]
-  float width, exponent;  // kPower: ((u - low) / width)^exponent, its base kept within [0, 1]
-};
 
 struct Filter {
   const float* taps;  // [2 * radius + 1], or nullptr where nothing is filtered

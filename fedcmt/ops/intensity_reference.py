@@ -100,8 +100,17 @@ def _filtered(x: Tensor, axis: int, taps: Sequence[float]) -> Tensor:
 
 
 def _thinned(x: Tensor, size: Sequence[int]) -> Tensor:
-    small = interpolate(x[None, None], tuple(size), mode="nearest-exact")
+    small = x
+    for axis, (n, kept) in enumerate(zip(x.shape, size, strict=True)):
+        small = small.index_select(axis, _nearest_exact(n, kept).to(x.device))
+    small = small[None, None]
     return interpolate(small, x.shape, mode="trilinear", align_corners=False)[0, 0]
+
+
+def _nearest_exact(size: int, kept: int) -> Tensor:
+    """The voxels of `interpolate(..., mode="nearest-exact")`, whose places are float32."""
+    places = (torch.arange(kept) + 0.5) * float(np.float32(size) / np.float32(kept))
+    return places.long().clamp_max(size - 1)
 
 
 def _raised(x: Tensor, exponent: float) -> Tensor:
