@@ -11,14 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedcmt.config import TrainingConfig
+from fedcmt.config import DataConfig, TrainingConfig
+from fedcmt.data.torch_pipeline import Batch
 from fedcmt.distillation import Teacher
 from fedcmt.errors import RunError
 from fedcmt.exchange import PARTS
 from fedcmt.files import copy_into
 from fedcmt.layout import FlatLayout
 from fedcmt.network import Part, build_network, parameters_of
-from fedcmt.objective import Validation, make_objective
+from fedcmt.objective import Objective, Validation, make_objective
 from fedcmt.plans import ClientPlan
 from fedcmt.seeding import derive_seed, seeded
 from fedcmt.strategies.client_work import ClientWork
@@ -34,7 +35,8 @@ class FitResult:
     loss: float  # mean over the steps, of the task alone
     learning_rate: float
     seconds: float
-    data_wait: float  # seconds of those spent waiting for batches
+    data_wait: float  # seconds of those in which training stood still for want of a batch
+    data_work: float  # CPU seconds of the threads that made batches meanwhile
 
 
 class Trainer:
@@ -57,9 +59,11 @@ class Trainer:
         rounds: int,
         device: torch.device,
         work: ClientWork | None = None,
+        data: DataConfig | None = None,
+        objective: Objective | None = None,
     ) -> None:
         work = work or ClientWork()
-        self._training, self._client, self._seed, self._rounds, self._device = training, client, seed, rounds, device
+        self._training, self._client, self._rounds, self._device = training, client, rounds, device
         with seeded(derive_seed(seed, client=client, purpose="initialisation")):
             network = build_network(
                 plan.architecture,
@@ -78,7 +82,9 @@ class Trainer:
         self._proximal = work.proximal
         self._anchors: list[tuple[torch.nn.Parameter, Tensor]] = []
         self._teacher = Teacher(self.network, work.distillation) if work.distillation.weight > 0 else None
-        self._objective = make_objective(plan, training, device)
+        self.objective = objective or make_objective(
+            plan, training, device, client=client, seed=seed, data=data or DataConfig()
+        )
         self._optimizer = self._new_optimizer()
         if device.type == "cuda":
             torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
@@ -136,7 +142,7 @@ class Trainer:
         Raises:
             RunError: The loss is no finite number.
         """
-        started, waited, total = time.perf_counter(), 0.0, 0.0
+        started, total = time.perf_counter(), 0.0
         if self._training.optimizer_state == "reset":
             self._optimizer = self._new_optimizer()
         rate = self._learning_rate(round_index)
@@ -144,34 +150,32 @@ class Trainer:
             group["lr"] = rate
         self.network.train()
         self._freeze(self.trained)
-        with seeded(derive_seed(self._seed, client=self._client, round_index=round_index, purpose="training")):
-            for step in range(1, steps + 1):
-                asked = time.perf_counter()
-                batch = self._objective.next_batch()
-                waited += time.perf_counter() - asked
+        with self.objective.batches(round_index, steps) as batches:
+            for step, batch in enumerate(batches, 1):
                 loss = self._step(batch)
                 if not math.isfinite(loss):
                     raise RunError(
                         f"client '{self._client}', round {round_index}, step {step}: loss {loss}; lower "
-                        f"training.learning_rate or look at the images of {', '.join(map(str, batch['keys']))}"
+                        f"training.learning_rate or look at the images of {', '.join(batch.cases)}"
                     )
                 total += loss
                 on_step(step, loss)
         self._freeze(PARTS)
-        return FitResult(steps, total / steps, rate, time.perf_counter() - started, waited)
+        seconds = time.perf_counter() - started
+        return FitResult(steps, total / steps, rate, seconds, batches.seconds_waited, batches.seconds_worked)
 
     def _freeze(self, trained: tuple[str, ...]) -> None:
         for name, parameter in self.network.named_parameters():
             parameter.requires_grad_(name.split(".", 1)[0] in trained)
 
-    def _step(self, batch: dict[str, Tensor]) -> float:
+    def _step(self, batch: Batch) -> float:
         # Without a gradient a frozen part sees neither momentum nor weight decay.
         self._optimizer.zero_grad(set_to_none=True)
         with self._autocast():
-            outputs = self._objective.outputs(self.network, batch)
-            total = loss = self._objective.loss(outputs, batch)
+            outputs = self.objective.outputs(self.network, batch)
+            total = loss = self.objective.loss(outputs, batch)
             if self._teacher is not None:
-                total = loss + self._teacher.term(self._objective, outputs, loss, batch)
+                total = loss + self._teacher.term(self.objective, outputs, loss, batch)
         total.backward()
         for parameter, anchor in self._anchors:
             if parameter.grad is not None:
@@ -189,8 +193,8 @@ class Trainer:
     def validate(self) -> Validation:
         """Score the network as it is; the same validation patches every time."""
         self.network.eval()
-        with seeded(derive_seed(self._seed, client=self._client, purpose="validation")), self._autocast():
-            return self._objective.validate(self.network)
+        with self._autocast():
+            return self.objective.validate(self.network)
 
     def model(self) -> dict[str, Tensor]:
         """Parameters and running statistics by name, aliases left out. Changing a tensor changes the network."""
