@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fedcmt import ops
 from fedcmt.data.geometry import Reading, reading
-from fedcmt.data.intensity import change_intensities
 from fedcmt.data.sampling import Draws, PatchRules, draw_patch
 from fedcmt.data.source import Case, CaseReader, Image, Labels
 from fedcmt.data.targets import TargetRules, mask_image, targets
@@ -44,9 +43,7 @@ class PatchSource:
     targets: TargetRules
 
 
-def augmented(
-    image: Image, labels: Labels, part: Reading, draws: Draws, rules: PatchRules, noise: Tensor | None = None
-) -> tuple[Image, Labels]:
+def augmented(image: Image, labels: Labels, part: Reading, draws: Draws, rules: PatchRules) -> tuple[Image, Labels]:
     """Everything that is drawn, applied to what was read; the last step before labels become targets.
 
     Args:
@@ -55,7 +52,6 @@ def augmented(
         part: How the patch lies in them.
         draws: What to do.
         rules: The client's.
-        noise: Instead of the noise field that belongs to the draws.
 
     Returns:
         Image `[C, D, H, W]` and labels `[D, H, W]`, mirrored: they need not be contiguous.
@@ -64,7 +60,17 @@ def augmented(
     if part.affine is not None:
         voxels, marks = ops.warp_patch(voxels, torch.from_numpy(labels)[None], part.affine, rules.patch_size)
         labels = marks[0].numpy()
-    change_intensities(voxels, draws, noise)
+    ops.change_intensities(
+        voxels,
+        noise=draws.noise,
+        noise_seed=draws.noise_seed,
+        blur=draws.blur,
+        brightness=draws.brightness,
+        contrast=draws.contrast,
+        low_resolution=draws.low_resolution,
+        gamma_inverted=draws.gamma_inverted,
+        gamma=draws.gamma,
+    )
     steps = tuple(slice(None, None, -1 if axis in draws.mirror else None) for axis in range(3))
     return voxels.numpy()[(slice(None), *steps)], labels[steps]
 
