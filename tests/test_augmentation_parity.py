@@ -29,7 +29,7 @@ TOLERANCES = {
     "blur": 2e-6,
     "brightness": 0.0,
     "contrast": 1e-6,
-    "low resolution": 2e-6,
+    "low resolution": 5e-6,
     "gamma inverted": 5e-6,
     "gamma": 5e-6,
     "mirror": 0.0,
