@@ -226,6 +226,27 @@ def test_a_fault_names_client_and_case(
     assert "executed" not in capsys.readouterr().out
 
 
+def test_a_case_that_changes_while_it_is_open_is_a_fault(broken: PatchSource) -> None:
+    """Mapped files: to read beyond the end of one would kill the process."""
+    patches = patches_of(broken)
+    with patches.batches(1, 2) as batches:
+        list(batches)
+    path = broken.folder / "case_00.b2nd"
+    with open(path, "r+b") as file:
+        file.truncate(100)
+    with (
+        pytest.raises(InputError, match=r"client 'site', case 'case_00'.*changed since"),
+        patches.batches(2, 2) as batches,
+    ):
+        list(batches)
+    path.unlink()
+    with (
+        pytest.raises(InputError, match=r"case 'case_00'.*case_00.b2nd is missing"),
+        patches.batches(3, 2) as batches,
+    ):
+        list(batches)
+
+
 def test_backend_goes_by_device_and_dali_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda")
     monkeypatch.setattr(backend, "dali_missing", lambda: None)
