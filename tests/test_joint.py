@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from phantoms import federation
@@ -15,10 +16,12 @@ from fedcmt import federation as engine
 from fedcmt import joint, run_federation, strategies
 from fedcmt.client import Client
 from fedcmt.config import StrategyConfig, load_config
+from fedcmt.data import patches
 from fedcmt.errors import InputError
 from fedcmt.federation import prepare_clients
 from fedcmt.files import read_tensors
 from fedcmt.plans import ClientPlan
+from fedcmt.seeding import sample_generator
 from fedcmt.server import Server
 
 
@@ -93,16 +96,37 @@ def test_outputs_that_mean_something_else_share_no_decoder(pooled: list[Client])
     assert job(pooled[4], class_names=("tumour", "healthy")) != joint._job(pooled[4])
 
 
+def same_patches(monkeypatch: pytest.MonkeyPatch, steps: list[int]) -> None:
+    """Let the patches of the clients' visits be those of one client, in the order of the visits."""
+
+    def generator(seed: int, *, client: str, round_index: int, purpose: str, index: int) -> np.random.Generator:
+        visits = np.array(joint.order(steps, seed, round_index))
+        batch, place = divmod(index, 2)
+        batch = np.flatnonzero(visits == int(client.removeprefix("site_")))[batch] if round_index else batch
+        return sample_generator(
+            seed, client="all", round_index=round_index, purpose=purpose, index=int(batch) * 2 + place
+        )
+
+    monkeypatch.setattr(patches, "sample_generator", generator)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("kept", ["keep", "reset"])
 def test_two_clients_with_the_same_data_are_one_with_twice_the_steps(
-    optimizer: str, kept: str, raw_datasets: Path, preprocessed: Path, tmp_path: Path, without_reports: None
+    optimizer: str,
+    kept: str,
+    raw_datasets: Path,
+    preprocessed: Path,
+    tmp_path: Path,
+    without_reports: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name, datasets, steps in (("one", [801], 4), ("two", [801, 801], 2)):
         settings = settings_of(raw_datasets, preprocessed, tmp_path / name, datasets)
         settings["training"] = {
             **settings["training"], "local_steps": steps, "optimizer": optimizer, "optimizer_state": kept
         }  # fmt: skip
+        same_patches(monkeypatch, [steps] * len(datasets))
         run_federation(settings)
     one, two, other = last_of(tmp_path / "one", "site_0"), *(last_of(tmp_path / "two", f"site_{i}") for i in (0, 1))
     assert all(torch.equal(one[key], two[key]) and torch.equal(one[key], other[key]) for key in one)
