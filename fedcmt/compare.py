@@ -29,14 +29,23 @@ REFERENCE = "local"
 TUNING_SEEDS_FROM = 1
 TEST_SEEDS_FROM = 1_000_000
 MAX_SEEDS = 999_999
+_OF_CONFIG = "config."
+_NOT_A_VARIANTS = ("strategy", "seed", "workspace", "raw", "preprocessed", "name")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A strategy with settings, as written on the command line."""
+    """A strategy with settings, as written on the command line.
+
+    Attributes:
+        label: As written.
+        strategy: Its name and settings.
+        overrides: Settings of the federation that it changes, ``key.path=value`` each.
+    """
 
     label: str
     strategy: Mapping[str, Any]
+    overrides: tuple[str, ...] = ()
 
     @property
     def folder(self) -> str:
@@ -66,7 +75,8 @@ class Comparison:
 def parse_variants(text: str) -> list[Variant]:
     """Strategies separated by commas, each ``name`` or ``name:key=value:key=value`` with values in YAML.
 
-    ``local`` is put first where it is missing. A key may be a path: ``distillation.weight=0.5``.
+    ``local`` is put first where it is missing. A key may be a path: ``distillation.weight=0.5``. Keys that begin with
+    ``config.`` are settings of the federation: ``config.training.local_steps=40``.
 
     Raises:
         InputError: No such strategy or setting, or one named twice.
@@ -74,7 +84,7 @@ def parse_variants(text: str) -> list[Variant]:
     labels = [label.strip() for label in text.split(",") if label.strip()]
     if REFERENCE not in labels:
         labels.insert(0, REFERENCE)
-    variants = [Variant(label, _settings(label)) for label in labels]
+    variants = [_variant(label) for label in labels]
     folders = [variant.folder for variant in variants]
     twice = [variant.label for variant in variants if folders.count(variant.folder) > 1]
     if twice:
@@ -82,8 +92,17 @@ def parse_variants(text: str) -> list[Variant]:
     return variants
 
 
-def _settings(label: str) -> dict[str, Any]:
+def _variant(label: str) -> Variant:
     name, *assignments = label.split(":")
+    own = [assignment for assignment in assignments if not assignment.startswith(_OF_CONFIG)]
+    overrides = [entry.removeprefix(_OF_CONFIG) for entry in assignments if entry.startswith(_OF_CONFIG)]
+    odd = next((key for entry in overrides if (key := re.split(r"[.=]", entry)[0]) in _NOT_A_VARIANTS), None)
+    if odd:
+        raise InputError(f"'{odd}' is the same for all variants", field="--strategies", fix="leave it out there")
+    return Variant(label, _settings(name, own, label), tuple(overrides))
+
+
+def _settings(name: str, assignments: Sequence[str], label: str) -> dict[str, Any]:
     settings: dict[str, Any] = {"name": name}
     for assignment in assignments:
         path, separator, value = assignment.partition("=")
@@ -112,12 +131,13 @@ def compare(
     processes: int = 1,
     score: ScoreKind | None = None,
     overrides: Sequence[str] = (),
+    reports: bool = False,
     say: Callable[[str], None] = print,
 ) -> Comparison:
     """Run every strategy on every seed and write the comparison; going on where an earlier call stopped.
 
-    All get the same data, rounds and local steps. In ``raw`` and ``preprocessed`` of the config, ``{seed}`` stands for
-    the seed: data that differ by seed.
+    All get the same data, and the same rounds and local steps unless a variant changes them. In ``raw`` and
+    ``preprocessed`` of the config, ``{seed}`` stands for the seed: data that differ by seed.
 
     Args:
         config: A federation's configuration; its own strategy, seed and workspace are not used.
@@ -128,6 +148,7 @@ def compare(
         processes: Runs at a time.
         score: ``test``, or ``final``; default ``test`` where every client has test cases.
         overrides: ``key.path=value`` each.
+        reports: Write each run's report page, TensorBoard curves and model folders too; no score depends on them.
         say: Called with what happens.
 
     Raises:
@@ -151,8 +172,9 @@ def compare(
     for variant in variants:
         chosen = strategies.create(StrategyConfig.model_validate(dict(variant.strategy)))
         chosen.check([client.name for client in settings.clients])
+        load_config(config, [*overrides, "strategy=local", *variant.overrides])
     _prepare(runs, target, say)
-    _run_all(runs, processes, say)
+    _run_all(runs, processes, say, reports=reports)
     rows = [row for run in runs for row in read_run(run.workspace, run.variant.label, run.seed)]
     kind: ScoreKind = score or ("test" if all(row.score_kind == "test" for row in rows) else "final")
     write_text(target / "results.csv", as_csv(rows))
@@ -179,7 +201,8 @@ def _runs(
     for seed in seeds:
         for variant in variants:
             workspace = folder / "runs" / variant.folder / f"seed-{seed}"
-            base = _minimal(load_config(config, [*overrides, f"seed={seed}", f"workspace={str(workspace)!r}"]))
+            changes = [*overrides, *variant.overrides, f"seed={seed}", f"workspace={str(workspace)!r}"]
+            base = _minimal(load_config(config, changes))
             for key in ("raw", "preprocessed"):
                 if base.get(key):
                     base[key] = base[key].replace("{seed}", str(seed))
@@ -191,16 +214,16 @@ def _prepare(runs: Sequence[Run], folder: Path, say: Callable[[str], None]) -> N
     """Check and preprocess each set of data once, before runs share it."""
     seen = set()
     for run in runs:
-        place = run.config.raw, run.config.preprocessed
+        place = run.config.raw, run.config.preprocessed, run.variant.overrides
         if place not in seen:
             seen.add(place)
             say(f"checking and preprocessing the data of seed {run.seed}")
             _quietly(folder / "preprocessing.log", partial(prepare_clients, run.config))
 
 
-def _run_all(runs: Sequence[Run], processes: int, say: Callable[[str], None]) -> None:
+def _run_all(runs: Sequence[Run], processes: int, say: Callable[[str], None], *, reports: bool) -> None:
     started, failed = time.perf_counter(), []
-    for count, (run, error) in enumerate(_outcomes(runs, processes), 1):
+    for count, (run, error) in enumerate(_outcomes(runs, processes, reports), 1):
         minutes = (time.perf_counter() - started) / 60
         say(f"{count}/{len(runs)} {run.variant.label}, seed {run.seed}: {error or 'done'}; {minutes:.1f} min")
         if error:
@@ -213,27 +236,31 @@ def _run_all(runs: Sequence[Run], processes: int, say: Callable[[str], None]) ->
         )
 
 
-def _outcomes(runs: Sequence[Run], processes: int) -> Iterator[tuple[Run, str | None]]:
+def _outcomes(runs: Sequence[Run], processes: int, reports: bool) -> Iterator[tuple[Run, str | None]]:
     if processes == 1:
         for run in runs:
-            yield run, run_one(run.config)
+            yield run, run_one(run.config, reports)
         return
     # Spawned: forking a process that has run torch's threads is not safe.
     with ProcessPoolExecutor(min(processes, len(runs)), multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(run_one, run.config): run for run in runs}
+        futures = {pool.submit(run_one, run.config, reports): run for run in runs}
         for future in as_completed(futures):
             yield futures[future], future.result()
 
 
-def run_one(config: FederationConfig) -> str | None:
+def run_one(config: FederationConfig, reports: bool = False) -> str | None:
     """Run or resume one federation, its output in a log beside its workspace.
+
+    Args:
+        config: Its settings.
+        reports: Whether to write what shows its results.
 
     Returns:
         None, or what went wrong.
     """
     workspace = config.workspace_folder()
     try:
-        _quietly(_log(workspace), partial(run_federation, config))
+        _quietly(_log(workspace), partial(run_federation, config, scores_only=not reports))
     except (InputError, RunError, OSError, MemoryError) as error:
         return f"{type(error).__name__}: {error}"
     return None

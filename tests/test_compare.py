@@ -86,7 +86,16 @@ def test_variants() -> None:
     assert [v.label for v in variants] == ["local", "fedcmt:conflict_aversion=0:distillation.weight=0.5", "fedavg"]
     assert variants[1].strategy == {"name": "fedcmt", "conflict_aversion": 0, "distillation": {"weight": 0.5}}
     assert variants[1].folder == "fedcmt_conflict_aversion=0_distillation.weight=0.5"
-    for wrong, part in (("fedcmt:x", "is no setting"), ("fedavg,fedavg", "named twice"), ("fedavg:a=[", "valid YAML")):
+    other = parse_variants("local,fedavg:adaptors=group:config.clients.*.local_steps=3:config.rounds=4")[1]
+    assert other.strategy == {"name": "fedavg", "adaptors": "group"}
+    assert other.overrides == ("clients.*.local_steps=3", "rounds=4")
+    for wrong, part in (
+        ("fedavg:config.seed=3", "'seed' is the same for all variants"),
+        ("fedavg:config.strategy.name=x", "'strategy' is the same"),
+        ("fedcmt:x", "is no setting"),
+        ("fedavg,fedavg", "named twice"),
+        ("fedavg:a=[", "valid YAML"),
+    ):
         with pytest.raises(InputError, match=part):
             parse_variants(wrong)
 
@@ -105,6 +114,8 @@ def config(raw_datasets: Path, preprocessed: Path, tmp_path: Path) -> Path:
     [
         (["--strategies", "fedavgg", "--seeds", "1"], ["unknown strategy 'fedavgg'", "fedavg"]),
         (["--strategies", "fedavg:adaptor=1", "--seeds", "1"], ["unknown key 'adaptor'", "adaptors"]),
+        (["--strategies", "fedavg:config.rounds=0", "--seeds", "1"], ["rounds", "greater than or equal to 1"]),
+        (["--strategies", "fedavg:config.training.x=0", "--seeds", "1"], ["unknown key 'x'"]),
         (["--strategies", "fedavg", "--seeds", "0"], ["--seeds", "found 0"]),
         (["--strategies", "fedavg", "--seeds", "1000000"], ["--seeds", "found 1000000"]),
         (["--strategies", "fedavg", "--seeds", "1", "--processes", "0"], ["--processes"]),
@@ -126,18 +137,22 @@ def test_a_comparison_goes_on_and_keeps_tuning_apart(
     out, seen = tmp_path / "out", []
     run_federation = comparing.run_federation
 
-    def watched(run: object) -> object:
+    def watched(run: object, **options: object) -> object:
         seen.append((run.strategy.name, run.seed, run.training.local_steps))
         if len(seen) == 2:
             raise RunError("power cut")
-        return run_federation(run)
+        return run_federation(run, **options)
 
     monkeypatch.setattr(comparing, "run_federation", watched)
     with pytest.raises(RunError, match=r"1 of 2 runs failed; fedavg, seed 1000000: RunError: power cut"):
         compare(config, parse_variants("fedavg"), 1, folder=out)
     assert not (out / "comparison.md").exists()
     first = (out / "runs" / "local" / "seed-1000000" / "results.json").read_bytes()
-    assert main(["compare", str(config), "--strategies", "fedavg", "--seeds", "1", "-o", str(out)]) == 0
+    assert not (out / "runs" / "local" / "seed-1000000" / "report.html").exists()
+    command = ["compare", str(config), "--strategies", "fedavg", "--seeds", "1", "-o", str(out), "--reports"]
+    assert main(command) == 0
+    for path in ("report.html", "tensorboard", "clients/ct_plain/model/plans.json"):
+        assert (out / "runs" / "fedavg" / "seed-1000000" / path).exists(), path
     assert (out / "runs" / "local" / "seed-1000000" / "results.json").read_bytes() == first
     assert seen[:2] == [("local", 1000000, 1), ("fedavg", 1000000, 1)]
     with open(out / "results.csv") as file:
@@ -152,6 +167,19 @@ def test_a_comparison_goes_on_and_keeps_tuning_apart(
     tuned = compare(config, parse_variants("local"), 1, folder=out, tuning=True, score="final")
     assert {row.seed for row in tuned.rows} == {1}
     assert tuned.folder == out / "tuning"
+
+
+def test_a_variant_may_change_the_federation(config: Path, tmp_path: Path) -> None:
+    variants = parse_variants("local:config.clients.*.local_steps=2:config.rounds=2")
+    rows = compare(config, variants, 1, folder=tmp_path / "out", say=lambda text: None).rows
+    assert {(row.strategy[:12], row.local_steps, len(row.curve)) for row in rows} == {
+        ("local", 1, 1), ("local:config", 4, 2)
+    }  # fmt: skip
+    folders = [tmp_path / "out" / "runs" / variant.folder / "seed-1000000" for variant in variants]
+    assert not list(tmp_path.rglob("report.html"))
+    assert not list(tmp_path.rglob("tensorboard"))
+    assert not list(tmp_path.rglob("model"))
+    assert all((folder / "results.json").is_file() for folder in folders)
 
 
 def test_seeds_of_tuning_and_test_never_meet() -> None:
