@@ -201,6 +201,7 @@ def compare(options: argparse.Namespace) -> None:
         score=options.score,
         overrides=options.overrides,
         reports=options.reports,
+        budget=options.budget,
     )
     print((result.folder / "comparison.md").read_text())
     print(f"{result.folder}: {', '.join(sorted(path.name for path in result.folder.glob('*.*')))}")
@@ -234,6 +235,7 @@ def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY.PATH=VALUE", dest="overrides", help="override a setting"
     )
+    parser.add_argument("--budget", type=float, metavar="MINUTES", help="start no further run after these")
     parser.add_argument(
         "--reports", action="store_true", help="write each run's report, TensorBoard curves and model folders too"
     )

@@ -13,9 +13,10 @@ from phantoms import federation
 from scipy import stats
 
 from fedcmt import compare as comparing
+from fedcmt import comparison_runs
 from fedcmt.cli import main
 from fedcmt.compare import compare, parse_variants
-from fedcmt.comparison import Difference, Row, as_csv, as_markdown, difference
+from fedcmt.comparison import Difference, Row, as_csv, as_markdown, difference, share_of_headroom
 from fedcmt.comparison_figures import curves_png, forest_png
 from fedcmt.errors import InputError, RunError
 
@@ -71,6 +72,32 @@ def test_the_table_counts_who_is_worse_off() -> None:
     assert "3 test seeds" in text
     assert "3 tuning seeds" in as_markdown(example(), "local", "test", tuning=True)
     assert "## Row minus column" in text
+
+
+def test_the_share_of_joints_lead_has_fiellers_interval() -> None:
+    gains, heads = [0.02, 0.05, 0.03, 0.06], [0.08, 0.10, 0.09, 0.13]
+    rows = []
+    for seed, (gain, head) in enumerate(zip(gains, heads, strict=True)):
+        rows += [
+            row("local", seed, "a", 0.5),
+            row("fedavg", seed, "a", 0.5 + gain),
+            row("joint", seed, "a", 0.5 + head),
+        ]
+    found = share_of_headroom(rows, "fedavg", "local", "joint", "test")
+    assert found.mean == pytest.approx(np.mean(gains) / np.mean(heads))
+    # A ratio r is in the interval exactly where gain - r head is not significantly different from 0.
+    for ratio in (found.low, found.high):
+        test = stats.ttest_1samp(np.asarray(gains) - ratio * np.asarray(heads), 0)
+        assert test.pvalue == pytest.approx(0.05)
+    text = as_markdown(rows, "local", "test", tuning=False)
+    assert "| share of joint's lead |" in text
+    assert f"| {found.mean:.0%} [{found.low:.0%}, {found.high:.0%}] | 0 of 1 | 0 | 4 |" in text
+    others = [r for r in rows if r.strategy != "joint"]
+    for heads, mean_is_known in (([0.1, -0.1], False), ([0.5, -0.1], True)):
+        unclear = others + [row("joint", seed, "a", 0.5 + head) for seed, head in enumerate(heads)]
+        found = share_of_headroom(unclear, "fedavg", "local", "joint", "test")
+        assert math.isnan(found.mean) != mean_is_known
+        assert math.isnan(found.low)
 
 
 def test_scores_that_are_undefined_are_left_out_and_empty_in_the_csv() -> None:
@@ -135,7 +162,7 @@ def test_a_comparison_goes_on_and_keeps_tuning_apart(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, seen = tmp_path / "out", []
-    run_federation = comparing.run_federation
+    run_federation = comparison_runs.run_federation
 
     def watched(run: object, **options: object) -> object:
         seen.append((run.strategy.name, run.seed, run.training.local_steps))
@@ -143,7 +170,7 @@ def test_a_comparison_goes_on_and_keeps_tuning_apart(
             raise RunError("power cut")
         return run_federation(run, **options)
 
-    monkeypatch.setattr(comparing, "run_federation", watched)
+    monkeypatch.setattr(comparison_runs, "run_federation", watched)
     with pytest.raises(RunError, match=r"1 of 2 runs failed; fedavg, seed 1000000: RunError: power cut"):
         compare(config, parse_variants("fedavg"), 1, folder=out)
     assert not (out / "comparison.md").exists()
@@ -184,6 +211,12 @@ def test_a_variant_may_change_the_federation(config: Path, tmp_path: Path) -> No
 
 def test_seeds_of_tuning_and_test_never_meet() -> None:
     assert comparing.TUNING_SEEDS_FROM + comparing.MAX_SEEDS - 1 < comparing.TEST_SEEDS_FROM
+
+
+def test_a_spent_budget_starts_no_run_and_says_so(config: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="the budget is spent, 2 of 2 runs are left"):
+        compare(config, parse_variants("fedavg"), 1, folder=tmp_path / "out", budget=0, say=lambda text: None)
+    assert not (tmp_path / "out" / "runs").exists()
 
 
 def test_other_processes_do_the_work_and_report_what_went_wrong(config: Path, tmp_path: Path) -> None:
