@@ -77,7 +77,7 @@ class Trainer:
         if work.sends_decoder:
             self.decoder, self.decoder_layout = self._share("decoder")
         self.trained: tuple[str, ...] = PARTS
-        self._proximal = work.proximal
+        self._proximal, self._decoder_steps = work.proximal, work.decoder_steps
         self._anchors: list[tuple[torch.nn.Parameter, Tensor]] = []
         self._teacher = Teacher(self.network, work.distillation) if work.distillation.weight > 0 else None
         self._objective = make_objective(plan, training, device)
@@ -164,7 +164,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.network.train()
-        self._freeze(self.trained)
+        self._freeze(("decoder",) if self._decoder_steps else self.trained)
         self._fitted = FitResult(0, 0.0, rate, 0.0, 0.0)
 
     def step(self, round_index: int) -> float:
@@ -177,6 +177,8 @@ class Trainer:
             RunError: It is no finite number.
         """
         started, past = time.perf_counter(), self._fitted
+        if 0 < past.steps == self._decoder_steps:
+            self._freeze(self.trained)
         batch = self._objective.next_batch()
         waited = time.perf_counter() - started
         loss = self._optimize(batch)

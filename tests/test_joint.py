@@ -35,7 +35,8 @@ def last_of(workspace: Path, client: str) -> dict[str, Tensor]:
 
 @pytest.fixture
 def without_reports(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "_finish", lambda *_: {})
+    for ending in ("_score", "_present"):
+        monkeypatch.setattr(engine, ending, lambda *_: {})
 
 
 @pytest.fixture(scope="module")
