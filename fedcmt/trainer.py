@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -41,9 +41,11 @@ class Trainer:
     """A client's network, optimizer and data.
 
     Attributes:
+        seed: The federation's.
         encoder: The encoder's parameters as one flat buffer, `[P]`; the network computes in views of it.
         adaptor: The adaptor's, `[A]`.
         decoder: The decoder's, `[D]`; None where it does not travel.
+        optimizer: Of the network's parameters; may hold those of other networks too.
         trained: Parts that the next :meth:`fit` changes.
     """
 
@@ -59,7 +61,7 @@ class Trainer:
         work: ClientWork | None = None,
     ) -> None:
         work = work or ClientWork()
-        self._training, self._client, self._seed, self._rounds, self._device = training, client, seed, rounds, device
+        self._training, self._client, self.seed, self._rounds, self._device = training, client, seed, rounds, device
         with seeded(derive_seed(seed, client=client, purpose="initialisation")):
             network = build_network(
                 plan.architecture,
@@ -75,11 +77,12 @@ class Trainer:
         if work.sends_decoder:
             self.decoder, self.decoder_layout = self._share("decoder")
         self.trained: tuple[str, ...] = PARTS
-        self._proximal = work.proximal
+        self._proximal, self._decoder_steps = work.proximal, work.decoder_steps
         self._anchors: list[tuple[torch.nn.Parameter, Tensor]] = []
         self._teacher = Teacher(self.network, work.distillation) if work.distillation.weight > 0 else None
         self._objective = make_objective(plan, training, device)
-        self._optimizer = self._new_optimizer()
+        self.optimizer = self.new_optimizer(list(self.network.parameters()))
+        self._fitted = FitResult(0, 0.0, training.learning_rate, 0.0, 0.0)  # sums over the steps of this round
         if device.type == "cuda":
             torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
 
@@ -88,8 +91,19 @@ class Trainer:
         layout = FlatLayout.of(parameters.items())
         return layout.bind(parameters, self._device), layout
 
-    def _new_optimizer(self) -> torch.optim.Optimizer:
-        settings, parameters = self._training, list(self.network.parameters())
+    def share(self, part: Part, owner: Trainer) -> None:
+        """Compute with another trainer's parameters of a part from now on; running statistics stay."""
+        for name, parameter in parameters_of(owner.network, part).items():
+            module, _, leaf = name.rpartition(".")
+            setattr(self.network.get_submodule(module), leaf, parameter)
+        if part == "encoder":
+            self.encoder = owner.encoder
+        elif part == "adaptor":
+            self.adaptor = owner.adaptor
+
+    def new_optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        """The local optimizer of the settings."""
+        settings = self._training
         if settings.optimizer == "sgd":
             return torch.optim.SGD(
                 parameters,
@@ -136,37 +150,64 @@ class Trainer:
         Raises:
             RunError: The loss is no finite number.
         """
-        started, waited, total = time.perf_counter(), 0.0, 0.0
+        self.begin(round_index)
+        with seeded(derive_seed(self.seed, client=self._client, round_index=round_index, purpose="training")):
+            for step in range(1, steps + 1):
+                on_step(step, self.step(round_index))
+        return self.finish()
+
+    def begin(self, round_index: int) -> None:
+        """Get ready for the steps of a round."""
         if self._training.optimizer_state == "reset":
-            self._optimizer = self._new_optimizer()
+            self.optimizer.state.clear()
         rate = self._learning_rate(round_index)
-        for group in self._optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.network.train()
-        self._freeze(self.trained)
-        with seeded(derive_seed(self._seed, client=self._client, round_index=round_index, purpose="training")):
-            for step in range(1, steps + 1):
-                asked = time.perf_counter()
-                batch = self._objective.next_batch()
-                waited += time.perf_counter() - asked
-                loss = self._step(batch)
-                if not math.isfinite(loss):
-                    raise RunError(
-                        f"client '{self._client}', round {round_index}, step {step}: loss {loss}; lower "
-                        f"training.learning_rate or look at the images of {', '.join(map(str, batch['keys']))}"
-                    )
-                total += loss
-                on_step(step, loss)
+        self._freeze(("decoder",) if self._decoder_steps else self.trained)
+        self._fitted = FitResult(0, 0.0, rate, 0.0, 0.0)
+
+    def step(self, round_index: int) -> float:
+        """One step on the next batch, drawn from the global generators.
+
+        Returns:
+            The task's loss.
+
+        Raises:
+            RunError: It is no finite number.
+        """
+        started, past = time.perf_counter(), self._fitted
+        if 0 < past.steps == self._decoder_steps:
+            self._freeze(self.trained)
+        batch = self._objective.next_batch()
+        waited = time.perf_counter() - started
+        loss = self._optimize(batch)
+        if not math.isfinite(loss):
+            raise RunError(
+                f"client '{self._client}', round {round_index}, step {past.steps + 1}: loss {loss}; lower "
+                f"training.learning_rate or look at the images of {', '.join(map(str, batch['keys']))}"
+            )
+        self._fitted = FitResult(
+            past.steps + 1,
+            past.loss + loss,
+            past.learning_rate,
+            past.seconds + time.perf_counter() - started,
+            past.data_wait + waited,
+        )
+        return loss
+
+    def finish(self) -> FitResult:
+        """Close a round's training."""
         self._freeze(PARTS)
-        return FitResult(steps, total / steps, rate, time.perf_counter() - started, waited)
+        return replace(self._fitted, loss=self._fitted.loss / self._fitted.steps)
 
     def _freeze(self, trained: tuple[str, ...]) -> None:
         for name, parameter in self.network.named_parameters():
             parameter.requires_grad_(name.split(".", 1)[0] in trained)
 
-    def _step(self, batch: dict[str, Tensor]) -> float:
-        # Without a gradient a frozen part sees neither momentum nor weight decay.
-        self._optimizer.zero_grad(set_to_none=True)
+    def _optimize(self, batch: dict[str, Tensor]) -> float:
+        # Without a gradient a frozen part, or another network's, sees neither momentum nor weight decay.
+        self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
             outputs = self._objective.outputs(self.network, batch)
             total = loss = self._objective.loss(outputs, batch)
@@ -177,7 +218,7 @@ class Trainer:
             if parameter.grad is not None:
                 parameter.grad.add_(parameter.detach() - anchor, alpha=self._proximal)
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), self._training.clip_norm)
-        self._optimizer.step()
+        self.optimizer.step()
         return float(loss.detach())
 
     def _autocast(self) -> torch.autocast:
@@ -189,7 +230,7 @@ class Trainer:
     def validate(self) -> Validation:
         """Score the network as it is; the same validation patches every time."""
         self.network.eval()
-        with seeded(derive_seed(self._seed, client=self._client, purpose="validation")), self._autocast():
+        with seeded(derive_seed(self.seed, client=self._client, purpose="validation")), self._autocast():
             return self._objective.validate(self.network)
 
     def model(self) -> dict[str, Tensor]:
@@ -201,7 +242,7 @@ class Trainer:
         names = [name for name, _ in self.network.named_parameters()]
         state = {f"model.{name}": tensor for name, tensor in self.model().items()}
         for name, parameter in zip(names, self.network.parameters(), strict=True):
-            for key, value in self._optimizer.state.get(parameter, {}).items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
                 if value is not None:
                     state[f"optimizer.{key}.{name}"] = value
         return state
@@ -215,11 +256,12 @@ class Trainer:
         model = {name.removeprefix("model."): t for name, t in state.items() if name.startswith("model.")}
         copy_into(self.model(), model, source=source)
         parameters = dict(self.network.named_parameters())
-        self._optimizer = self._new_optimizer()
+        for parameter in parameters.values():
+            self.optimizer.state.pop(parameter, None)
         for name, value in state.items():
             if name.startswith("optimizer."):
                 _, key, parameter_name = name.split(".", 2)
                 parameter = parameters[parameter_name]
                 # Moments stand in their parameter's memory order; a scalar step count stands on the CPU.
                 kept = torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value.clone()
-                self._optimizer.state[parameter][key] = kept
+                self.optimizer.state[parameter][key] = kept
