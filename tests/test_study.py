@@ -136,8 +136,14 @@ def test_it_stops_at_the_budget_goes_on_and_fills_the_document(
     places = "".join(f"<!-- study: {key} -->\nold\n<!-- end -->\n" for key in ("state", "choice", "first", "tuned"))
     (tmp_path / "results.md").write_text(f"by hand\n{places}")
     monkeypatch.setattr(work, "preset_config", lambda preset: tmp_path / "p.yaml")
-    monkeypatch.setattr(work, "write_data", lambda preset, seed, raw: raw.parent.mkdir(parents=True, exist_ok=True) or (
-        raw.is_symlink() or raw.symlink_to(raw_datasets)))  # fmt: skip
+
+    def write_data(preset: str, seed: int, raw: Path) -> None:
+        raw.parent.mkdir(parents=True, exist_ok=True)
+        for path, source in ((raw, raw_datasets), (raw.with_name("preprocessed"), preprocessed)):
+            if not path.is_symlink():
+                path.symlink_to(source)
+
+    monkeypatch.setattr(work, "write_data", write_data)
     monkeypatch.setattr(document.write_document, "__defaults__", (tmp_path,))
     monkeypatch.setattr(plans.read_plan, "__defaults__", (tmp_path / "plan.yaml",))
     study = runpy.run_path(str(STUDY / "__main__.py"), run_name="study")["study"]
