@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedcmt import ops
 from fedcmt.checkpoint import ClientFolder
 from fedcmt.config import ClientConfig, FederationConfig
 from fedcmt.errors import InputError
@@ -141,7 +142,7 @@ class Client:
                 self._receive(outgoing)
             trainer.receive(outgoing.encoder, outgoing.adaptor)
             trainer.trained = outgoing.trained
-        self._began = trainer.encoder.clone(), trainer.adaptor.clone()
+        self._began = ops.copy_buffer(trainer.encoder), ops.copy_buffer(trainer.adaptor)
 
     def finish(self, fitted: FitResult, round_index: int, outgoing: Outgoing | None) -> ClientUpdate:
         """Validate what training made, and train the personal model where there is one.

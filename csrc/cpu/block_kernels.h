@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "../ops.h"
+#include "../patch.h"
 
 namespace fedcmt {
 namespace cpu {
@@ -39,6 +40,9 @@ struct BlockKernels {
 
   // Adds to sums.
   void (*screen)(const ScreenArguments& arguments, int64_t begin, int64_t end, ScreenSums* sums);
+
+  // Rows [begin, end) of the D' * H' of a warped patch, all channels.
+  void (*warp_rows)(const WarpArguments& arguments, int64_t begin, int64_t end);
 };
 
 extern const BlockKernels kPlainKernels;

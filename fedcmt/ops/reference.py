@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fedcmt.ops._stats import ScreenStats, StepStats
+from fedcmt.ops.patch_reference import warp_patch as warp_patch
 from fedcmt.ops.taps import all_taps, interpolated_slice
 
 # Elements widened to float64 at a time; bounds the memory to N x 8 MiB.
