@@ -85,6 +85,20 @@ def test_a_strategy_is_compared_with_itself_alone_under_the_same_changes() -> No
     assert {row.strategy for row in results.named_rows()} == {"fedavg"}
 
 
+def test_candidates_are_ranked_by_their_mean_over_the_tuning_parts() -> None:
+    names = {n: n for n in ("local", "joint", "fedavg", "fedcmt", "fedprox", "fedavg:config.rounds=5")}
+    few = {name: text for name, text in names.items() if name != "fedprox"}
+    plan = plan_of({"one": {"strategies": names, "tuning": True}, "two": {"strategies": few, "tuning": True}})
+    gains = {"joint": (0.9, 0.9), "fedavg": (0.1, 0.1), "fedcmt": (0.08, 0.08), "fedprox": (0.5, 0.5)}
+    other = {"joint": (0.9, 0.9), "fedavg": (0.0, 0.0), "fedcmt": (0.05, 0.05), "fedavg:config.rounds=5": (0.5, 0.5)}
+    found = {
+        key: tables.Results(plan, plan.parts[key], rows_of(rows)) for key, rows in (("one", gains), ("two", other))
+    }
+    assert tables.ranking(found)[2:] == [
+        "| `fedcmt` | +0.081 | +0.051 | +0.066 |", "| `fedavg` | +0.101 | +0.001 | +0.051 |"
+    ]  # fmt: skip
+
+
 def test_the_newcomer_and_the_others_are_judged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     settings = {"name": "x", "rounds": 6, "clients": [{"name": n, "dataset": 1, "modality": "CT"} for n in "ab"]}
     (tmp_path / "p.yaml").write_text(yaml.safe_dump(settings))

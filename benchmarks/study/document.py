@@ -83,7 +83,7 @@ def _state(plan: Plan, digest: str, results: Mapping[str, Results]) -> list[str]
 def _choice(plan: Plan, results: Mapping[str, Results]) -> list[str]:
     tuned = {key: found for key, found in results.items() if found.part.tuning}
     chosen = f"`{plan.chosen}`" if plan.chosen else "none yet"
-    return [f"Rule: {plan.rule}", "", f"Chosen: {chosen}.", "", *ranking(plan, tuned)]
+    return [f"Rule: {plan.rule}", "", f"Chosen: {chosen}.", "", *ranking(tuned)]
 
 
 def _part(results: Results, figures: list[str]) -> list[str]:

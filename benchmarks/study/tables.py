@@ -169,13 +169,15 @@ def newcomer_differences(results: Results, strategy: str) -> list[Difference]:
     ]
 
 
-def ranking(plan: Plan, tuned: Mapping[str, Results]) -> list[str]:
-    """Strategies by their mean difference to local over the tuning parts that have them."""
+def ranking(tuned: Mapping[str, Results]) -> list[str]:
+    """Strategies on all tuning parts that leave the federation as it is, by their mean difference to local."""
     found: dict[str, dict[str, float]] = {}
     for key, results in tuned.items():
         for name, text in results.part.strategies.items():
-            if results.seeds(name) and not text.startswith(("local", UPPER)):
-                found.setdefault(plan.text_of(text) or text, {})[key] = results.to_local(name).mean
+            variant = results.variant(name)
+            if variant is None or variant.overrides or text in ("local", UPPER) or not results.seeds(name):
+                continue
+            found.setdefault(variant.label, {})[key] = results.to_local(name).mean
     complete = {text: values for text, values in found.items() if len(values) == len(tuned)}
     lines = [_line(["strategy", *tuned, "mean"]), "|---" * (len(tuned) + 2) + "|"]
     means = {text: float(np.mean(list(values.values()))) for text, values in complete.items()}
