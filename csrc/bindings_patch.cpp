@@ -49,6 +49,60 @@ void warp_patch_cpu(const Maps& image, const Maps& labels, int label_fill,
   cpu::warp_patch(arguments, num_threads);
 }
 
+using Filter = std::vector<float>;
+
+// Noise, the filters along D, H and W (empty: none), brightness, contrast, the size to thin to (zeros:
+// not), the exponents of both gammas (0: none).
+using Changes = std::tuple<float, std::vector<Filter>, float, float, Sizes, float, float>;
+
+// Owns nothing: `changes` has to outlive the result, whose taps lie there.
+std::vector<ChannelChanges> channel_changes(const std::vector<Changes>& changes) {
+  std::vector<ChannelChanges> all;
+  for (const auto& [noise, filters, brightness, contrast, small, inverted, gamma] : changes) {
+    if (filters.size() != 3 || small.size() != 3) {
+      throw py::value_error("filters and size should be three, along D, H and W");
+    }
+    ChannelChanges channel{};
+    channel.noise = noise;
+    for (int axis = 0; axis < 3; ++axis) {
+      channel.taps[axis] = filters[axis].empty() ? nullptr : filters[axis].data();
+      channel.radius[axis] = static_cast<int>(filters[axis].size() / 2);
+      channel.small[axis] = small[axis];
+    }
+    channel.brightness = brightness;
+    channel.contrast = contrast;
+    channel.gamma_inverted = inverted;
+    channel.gamma = gamma;
+    all.push_back(channel);
+  }
+  return all;
+}
+
+IntensityArguments intensity_arguments(Address image, const Sizes& shape,
+                                       const std::vector<ChannelChanges>& changes, uint64_t seed,
+                                       const std::vector<bool>& mirrored) {
+  if (shape.size() != 4 || mirrored.size() != 3 ||
+      static_cast<int64_t>(changes.size()) != shape[0]) {
+    throw py::value_error("image should be [C, D, H, W], with changes for each channel");
+  }
+  IntensityArguments a{};
+  a.image = pointer<float>(image);
+  a.channels = static_cast<int>(shape[0]);
+  std::copy_n(shape.begin() + 1, 3, a.shape);
+  a.changes = changes.data();
+  a.seed = seed;
+  std::copy_n(mirrored.begin(), 3, a.mirrored);
+  return a;
+}
+
+void change_intensities_cpu(Address image, const Sizes& shape, const std::vector<Changes>& changes,
+                            uint64_t seed, const std::vector<bool>& mirrored, int num_threads) {
+  const auto channels = channel_changes(changes);
+  const auto arguments = intensity_arguments(image, shape, channels, seed, mirrored);
+  const py::gil_scoped_release release;
+  cpu::change_intensities(arguments, num_threads);
+}
+
 #ifdef FEDCMT_WITH_CUDA
 
 void warp_patch_cuda(const Maps& image, const Maps& labels, int label_fill,
@@ -59,14 +113,34 @@ void warp_patch_cuda(const Maps& image, const Maps& labels, int label_fill,
   check_cuda(cuda::warp_patch(arguments, launch_of(launch)));
 }
 
+int64_t change_intensities_workspace_bytes(Address image, const Sizes& shape,
+                                           const std::vector<Changes>& changes, uint64_t seed,
+                                           const std::vector<bool>& mirrored) {
+  const auto channels = channel_changes(changes);
+  return cuda::change_intensities_workspace_bytes(
+      intensity_arguments(image, shape, channels, seed, mirrored));
+}
+
+void change_intensities_cuda(Address image, const Sizes& shape, const std::vector<Changes>& changes,
+                             uint64_t seed, const std::vector<bool>& mirrored,
+                             const LaunchTuple& launch) {
+  const auto channels = channel_changes(changes);
+  const auto arguments = intensity_arguments(image, shape, channels, seed, mirrored);
+  const py::gil_scoped_release release;
+  check_cuda(cuda::change_intensities(arguments, launch_of(launch)));
+}
+
 #endif
 
 }  // namespace
 
 void define_patch(py::module_& m) {
   m.def("warp_patch_cpu", &warp_patch_cpu);
+  m.def("change_intensities_cpu", &change_intensities_cpu);
 #ifdef FEDCMT_WITH_CUDA
   m.def("warp_patch_cuda", &warp_patch_cuda);
+  m.def("change_intensities_workspace_bytes", &change_intensities_workspace_bytes);
+  m.def("change_intensities_cuda", &change_intensities_cuda);
 #endif
 }
 

@@ -18,7 +18,7 @@ from fedcmt.exchange import PARTS, ClientDescription, ClientUpdate, Membership, 
 from fedcmt.files import read_tensors, write_tensors
 from fedcmt.initial_weights import Matched, start_from
 from fedcmt.layout import FlatLayout, Segment
-from fedcmt.objective import Validation
+from fedcmt.objective import Objective, Validation
 from fedcmt.plans import ClientPlan
 from fedcmt.strategies.client_work import ClientWork
 from fedcmt.strategies.matching import part
@@ -70,7 +70,8 @@ class Client:
         self.trainer = self._new_trainer(config, federation, self._work, device)
         self._personal: Trainer | None = None
         if self._work.personal is not None:
-            self._personal = self._new_trainer(config, federation, ClientWork(proximal=self._work.personal), device)
+            proximal = ClientWork(proximal=self._work.personal)
+            self._personal = self._new_trainer(config, federation, proximal, device, self.trainer.objective)
         self._topology = contract_digest(plan.architecture)
         self._best: Validation | None = None
         self._best_facts: dict[str, Any] = {}
@@ -81,7 +82,12 @@ class Client:
         self._line: dict[str, Any] = {}
 
     def _new_trainer(
-        self, config: ClientConfig, federation: FederationConfig, work: ClientWork, device: torch.device
+        self,
+        config: ClientConfig,
+        federation: FederationConfig,
+        work: ClientWork,
+        device: torch.device,
+        objective: Objective | None = None,
     ) -> Trainer:
         return Trainer(
             self.plan,
@@ -91,6 +97,8 @@ class Client:
             rounds=federation.rounds,
             device=device,
             work=work,
+            data=federation.data,
+            objective=objective,
         )
 
     def describe(self) -> ClientDescription:
@@ -166,7 +174,7 @@ class Client:
         self._local, seconds = self._validate("local", round_index)
         self._line = self._fit_line(round_index, fitted, encoder) | {
             "local": self._local.as_json(),
-            "seconds": {"train": fitted.seconds, "data_wait": fitted.data_wait, "validate": seconds},
+            "seconds": {**_seconds(fitted), "validate": seconds},
         }
         if outgoing is not None and self._personal is not None:
             self._fit_personal(self._personal, outgoing, round_index)
@@ -198,8 +206,8 @@ class Client:
         fitted = trainer.fit(round_index, self._work.personal_steps or self.steps, lambda step, loss: None)
         personal, seconds = self._validate("personal", round_index)
         self._line |= {"personal": personal.as_json(), "personal_steps": fitted.steps}
-        self._line["seconds"]["train"] += fitted.seconds
-        self._line["seconds"]["validate"] += seconds
+        for activity, spent in {**_seconds(fitted), "validate": seconds}.items():
+            self._line["seconds"][activity] += spent
 
     def evaluate(self, outgoing: Outgoing | None, refused: str | None = None) -> dict[str, Any]:
         """Validate with the server's new parameters and close the round.
@@ -334,6 +342,10 @@ class Client:
         self.trainer.restore({k: t for k, t in tensors.items() if not k.startswith("personal.")}, source=path)
         self._best = None if facts["best"] is None else Validation.from_json(facts["best"])
         self._best_facts, self._own_share = facts["best_facts"], facts["own_share"]
+
+
+def _seconds(fitted: FitResult) -> dict[str, float]:
+    return {"train": fitted.seconds, "data_wait": fitted.data_wait, "data_work": fitted.data_work}
 
 
 def target_of(plan: ClientPlan) -> str:

@@ -106,6 +106,15 @@ class TrainingConfig(Settings):
     validation_batches: Count = Field(8, description="patches for the score after each round, the same every round")
 
 
+class DataConfig(Settings):
+    """How training and validation patches are made; none of it but the backend changes a voxel."""
+
+    backend: Literal["auto", "dali", "torch"] = Field("auto", description="auto: torch on CPUs, DALI on GPUs")
+    threads: Width | None = Field(None, description="that make patches; default 1 on CPUs, 4 on GPUs")
+    ahead: int = Field(2, ge=1, le=64, description="batches made before they are needed; bounds the memory")
+    timeout: float = Field(120.0, gt=0, description="seconds after which reading a batch counts as hanging")
+
+
 class InferenceConfig(Settings):
     """Sliding-window prediction."""
 
@@ -183,6 +192,7 @@ class FederationConfig(Settings):
     strategy: StrategyConfig = StrategyConfig()
     topology: TopologyConfig = TopologyConfig()
     training: TrainingConfig = TrainingConfig()
+    data: DataConfig = DataConfig()
     inference: InferenceConfig = InferenceConfig()
 
     @model_validator(mode="before")
@@ -281,6 +291,7 @@ def _fields_at(model: type[BaseModel], location: Sequence[str | int]) -> list[st
         "clients": ClientConfig,
         "topology": TopologyConfig,
         "training": TrainingConfig,
+        "data": DataConfig,
         "inference": InferenceConfig,
     }
     names = [part for part in location if isinstance(part, str)]

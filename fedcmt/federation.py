@@ -17,7 +17,8 @@ from fedcmt.checkpoint import Workspace, export_nnunet_model
 from fedcmt.client import Client
 from fedcmt.config import FederationConfig, dump_config, load_config
 from fedcmt.curves import Curves
-from fedcmt.data.nnunet_loader import NnunetRules
+from fedcmt.data.backend import BackendChoice, resolve_backend
+from fedcmt.data.nnunet_rules import NnunetRules
 from fedcmt.dataset import RawDataset, load_dataset
 from fedcmt.device import choose_device
 from fedcmt.display import Display, open_display
@@ -43,6 +44,7 @@ _FREE_TO_CHANGE = {
     "raw",
     "preprocessed",
     "preprocessing_workers",
+    "data",  # but not its backend, see _patch_backend
 }
 
 
@@ -80,12 +82,15 @@ def run_federation(
     datasets = _load_datasets(config)
     if not fresh:
         _check_same_federation(workspace, config)
+    backend = _patch_backend(config, device, None if fresh else workspace)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"backend": backend.name})})
     with ExitStack() as stack:
         names = [client.name for client in config.clients]
         first = 1 if fresh else max(workspace.committed_rounds(_first_rounds(config)), default=0) + 1
         weights = _initial_weights(config, first)
         display: Display = open_display(config.rounds, names, first_round=first)
         stack.enter_context(display)
+        display.note(f"patches: {backend.name} backend, {backend.reason}")
         contract, plans = _prepare(config, datasets, display, None if fresh else workspace)
         stack.enter_context(workspace.locked())
         work = strategy.client_work
@@ -286,6 +291,22 @@ def _check_same_federation(workspace: Workspace, config: FederationConfig) -> No
             field=changed[0],
             fix="use the same settings, another workspace, or --fresh to start over",
         )
+
+
+def _patch_backend(config: FederationConfig, device: torch.device, workspace: Workspace | None) -> BackendChoice:
+    """The backend of a federation's patches: chosen once, kept in the workspace, since noise differs between them."""
+    kept = "auto"
+    if workspace is not None and workspace.config.is_file():
+        kept = load_config(workspace.config).data.backend
+    wanted = config.data.backend
+    if kept != "auto" and wanted not in ("auto", kept):
+        raise InputError(
+            f"{workspace and workspace.path} was made with backend {kept}, found {wanted}",
+            field="data.backend",
+            fix=f"use {kept} or auto, another workspace, or --fresh to start over",
+        )
+    choice = resolve_backend(wanted if kept == "auto" else kept, device)
+    return choice if kept == "auto" else BackendChoice(choice.name, "as this federation began")
 
 
 def _same_until(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]], round_index: int) -> bool:

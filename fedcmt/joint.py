@@ -9,6 +9,7 @@ of one client makes as many steps as it would alone, the encoder as many as all 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from fedcmt.config import ClientConfig
 from fedcmt.errors import InputError
 from fedcmt.exchange import ClientUpdate, Outgoing
 from fedcmt.network import Part
-from fedcmt.seeding import derive_seed, seeded
+from fedcmt.seeding import derive_seed
 from fedcmt.trainer import Trainer
 
 
@@ -84,17 +85,17 @@ def fit(
         For each client what training changed, which is the same encoder for all.
     """
     seed, done = clients[0].trainer.seed, [0] * len(clients)
-    for client in clients:
-        client.begin(received[client.name])
-        client.trainer.begin(round_index)
-    with seeded(derive_seed(seed, round_index=round_index, purpose="joint training")):
+    with ExitStack() as training:
+        for client in clients:
+            client.begin(received[client.name])
+            training.enter_context(client.trainer.training(round_index, client.steps))
         for index in order([client.steps for client in clients], seed, round_index):
             client = clients[index]
-            loss = client.trainer.step(round_index)
+            loss = client.trainer.step()
             done[index] += 1
             on_step(client.name, done[index], client.steps, loss)
     for client in clients:
-        yield client.finish(client.trainer.finish(), round_index, received[client.name])
+        yield client.finish(client.trainer.fitted(), round_index, received[client.name])
 
 
 def order(steps: Sequence[int], seed: int, round_index: int) -> list[int]:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fedcmt.config import TrainingConfig
+from fedcmt.config import DataConfig, TrainingConfig
+from fedcmt.data.readahead import ReadAhead
+from fedcmt.data.torch_pipeline import Batch
 from fedcmt.distillation import Teacher
 from fedcmt.errors import RunError
 from fedcmt.exchange import PARTS
 from fedcmt.files import copy_into
 from fedcmt.layout import FlatLayout
 from fedcmt.network import Part, build_network, parameters_of
-from fedcmt.objective import Validation, make_objective
+from fedcmt.objective import Objective, Validation, make_objective
 from fedcmt.plans import ClientPlan
 from fedcmt.seeding import derive_seed, seeded
 from fedcmt.strategies.client_work import ClientWork
@@ -34,7 +37,8 @@ class FitResult:
     loss: float  # mean over the steps, of the task alone
     learning_rate: float
     seconds: float
-    data_wait: float  # seconds of those spent waiting for batches
+    data_wait: float  # seconds of those in which training stood still for want of a batch
+    data_work: float  # CPU seconds of the threads that made batches meanwhile
 
 
 class Trainer:
@@ -59,6 +63,8 @@ class Trainer:
         rounds: int,
         device: torch.device,
         work: ClientWork | None = None,
+        data: DataConfig | None = None,
+        objective: Objective | None = None,
     ) -> None:
         work = work or ClientWork()
         self._training, self._client, self.seed, self._rounds, self._device = training, client, seed, rounds, device
@@ -80,9 +86,13 @@ class Trainer:
         self._proximal, self._decoder_steps = work.proximal, work.decoder_steps
         self._anchors: list[tuple[torch.nn.Parameter, Tensor]] = []
         self._teacher = Teacher(self.network, work.distillation) if work.distillation.weight > 0 else None
-        self._objective = make_objective(plan, training, device)
+        self.objective = objective or make_objective(
+            plan, training, device, client=client, seed=seed, data=data or DataConfig()
+        )
         self.optimizer = self.new_optimizer(list(self.network.parameters()))
-        self._fitted = FitResult(0, 0.0, training.learning_rate, 0.0, 0.0)  # sums over the steps of this round
+        self._round = 0
+        self._batches: ReadAhead[Batch] | None = None  # while a round's training lasts
+        self._fitted = FitResult(0, 0.0, training.learning_rate, 0.0, 0.0, 0.0)  # sums over the steps of this round
         if device.type == "cuda":
             torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
 
@@ -150,14 +160,19 @@ class Trainer:
         Raises:
             RunError: The loss is no finite number.
         """
-        self.begin(round_index)
-        with seeded(derive_seed(self.seed, client=self._client, round_index=round_index, purpose="training")):
+        with self.training(round_index, steps):
             for step in range(1, steps + 1):
-                on_step(step, self.step(round_index))
-        return self.finish()
+                on_step(step, self.step())
+        return self.fitted()
 
-    def begin(self, round_index: int) -> None:
-        """Get ready for the steps of a round."""
+    @contextmanager
+    def training(self, round_index: int, steps: int) -> Iterator[None]:
+        """Read ahead and be ready for the steps of a round.
+
+        Args:
+            round_index: 1 for the first.
+            steps: That :meth:`step` will be called for.
+        """
         if self._training.optimizer_state == "reset":
             self.optimizer.state.clear()
         rate = self._learning_rate(round_index)
@@ -165,10 +180,17 @@ class Trainer:
             group["lr"] = rate
         self.network.train()
         self._freeze(("decoder",) if self._decoder_steps else self.trained)
-        self._fitted = FitResult(0, 0.0, rate, 0.0, 0.0)
+        self._round, self._fitted = round_index, FitResult(0, 0.0, rate, 0.0, 0.0, 0.0)
+        try:
+            with self.objective.batches(round_index, steps) as self._batches:
+                yield
+                self._fitted = replace(self._fitted, data_work=self._batches.seconds_worked)
+        finally:
+            self._batches = None
+            self._freeze(PARTS)
 
-    def step(self, round_index: int) -> float:
-        """One step on the next batch, drawn from the global generators.
+    def step(self) -> float:
+        """One step on the next batch, within :meth:`training`.
 
         Returns:
             The task's loss.
@@ -176,43 +198,42 @@ class Trainer:
         Raises:
             RunError: It is no finite number.
         """
+        assert self._batches is not None
         started, past = time.perf_counter(), self._fitted
         if 0 < past.steps == self._decoder_steps:
             self._freeze(self.trained)
-        batch = self._objective.next_batch()
-        waited = time.perf_counter() - started
+        batch = next(self._batches)
         loss = self._optimize(batch)
         if not math.isfinite(loss):
             raise RunError(
-                f"client '{self._client}', round {round_index}, step {past.steps + 1}: loss {loss}; lower "
-                f"training.learning_rate or look at the images of {', '.join(map(str, batch['keys']))}"
+                f"client '{self._client}', round {self._round}, step {past.steps + 1}: loss {loss}; lower "
+                f"training.learning_rate or look at the images of {', '.join(batch.cases)}"
             )
-        self._fitted = FitResult(
-            past.steps + 1,
-            past.loss + loss,
-            past.learning_rate,
-            past.seconds + time.perf_counter() - started,
-            past.data_wait + waited,
+        self._fitted = replace(
+            past,
+            steps=past.steps + 1,
+            loss=past.loss + loss,
+            seconds=past.seconds + time.perf_counter() - started,
+            data_wait=self._batches.seconds_waited,
         )
         return loss
 
-    def finish(self) -> FitResult:
-        """Close a round's training."""
-        self._freeze(PARTS)
+    def fitted(self) -> FitResult:
+        """What the round's training made, once it is over."""
         return replace(self._fitted, loss=self._fitted.loss / self._fitted.steps)
 
     def _freeze(self, trained: tuple[str, ...]) -> None:
         for name, parameter in self.network.named_parameters():
             parameter.requires_grad_(name.split(".", 1)[0] in trained)
 
-    def _optimize(self, batch: dict[str, Tensor]) -> float:
+    def _optimize(self, batch: Batch) -> float:
         # Without a gradient a frozen part, or another network's, sees neither momentum nor weight decay.
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
-            outputs = self._objective.outputs(self.network, batch)
-            total = loss = self._objective.loss(outputs, batch)
+            outputs = self.objective.outputs(self.network, batch)
+            total = loss = self.objective.loss(outputs, batch)
             if self._teacher is not None:
-                total = loss + self._teacher.term(self._objective, outputs, loss, batch)
+                total = loss + self._teacher.term(self.objective, outputs, loss, batch)
         total.backward()
         for parameter, anchor in self._anchors:
             if parameter.grad is not None:
@@ -230,8 +251,8 @@ class Trainer:
     def validate(self) -> Validation:
         """Score the network as it is; the same validation patches every time."""
         self.network.eval()
-        with seeded(derive_seed(self.seed, client=self._client, purpose="validation")), self._autocast():
-            return self._objective.validate(self.network)
+        with self._autocast():
+            return self.objective.validate(self.network)
 
     def model(self) -> dict[str, Tensor]:
         """Parameters and running statistics by name, aliases left out. Changing a tensor changes the network."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fedcmt import federation as engine
 from fedcmt import run_federation
 from fedcmt.client import Client
-from fedcmt.config import TrainingConfig, load_config
+from fedcmt.config import DataConfig, TrainingConfig, load_config
 from fedcmt.distillation import Teacher
 from fedcmt.exchange import Outgoing
 from fedcmt.federation import prepare_clients
@@ -100,7 +100,8 @@ def test_distillation_changes_training_and_its_absence_nothing(plans: dict[str, 
 @pytest.mark.parametrize("client", ["ct_plain", "ct_regions", "mr_class"])
 def test_divergence_and_coefficient_are_those_of_the_formula(plans: dict[str, ClientPlan], client: str) -> None:
     plan, temperature = plans[client], 2.0
-    objective = make_objective(plan, TrainingConfig(validation_batches=1, deep_supervision=False), CPU)
+    training = TrainingConfig(validation_batches=1, deep_supervision=False)
+    objective = make_objective(plan, training, CPU, client="site", seed=1, data=DataConfig())
     shape = (2, 2) if client == "mr_class" else (2, 2 if client == "ct_regions" else 3, 3, 4, 5)
     student, teacher = (torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
     found = objective.divergence(student, teacher, temperature)

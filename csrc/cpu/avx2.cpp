@@ -125,13 +125,21 @@ inline IntVector gather_labels(const int16_t* from, IntVector index) {
 
 inline bool all_true(IntVector mask) { return _mm256_movemask_ps((__m256)mask) == 0xff; }
 
+// High halves of the unsigned products.
+inline UintVector multiply_high(UintVector a, uint32_t factor) {
+  const __m256i x = (__m256i)a, f = _mm256_set1_epi32(static_cast<int>(factor));
+  const __m256i even = _mm256_srli_epi64(_mm256_mul_epu32(x, f), 32);
+  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), f);
+  return (UintVector)_mm256_blend_epi32(even, odd, 0xaa);
+}
+
 #include "block_kernels_impl.h"
 
 }  // namespace
 
 const BlockKernels kAvx2Kernels = {
     "avx2", gramian_block, gramian_row_block, server_step_block, weighted_sum_block, screen_block,
-    warp_rows,
+    warp_rows,     &kIntensityKernels,
 };
 
 }  // namespace cpu

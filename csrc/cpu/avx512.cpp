@@ -122,13 +122,21 @@ inline IntVector gather_labels(const int16_t* from, IntVector index) {
 
 inline bool all_true(IntVector mask) { return _mm512_movepi32_mask((__m512i)mask) == 0xffff; }
 
+// High halves of the unsigned products.
+inline UintVector multiply_high(UintVector a, uint32_t factor) {
+  const __m512i x = (__m512i)a, f = _mm512_set1_epi32(static_cast<int>(factor));
+  const __m512i even = _mm512_srli_epi64(_mm512_mul_epu32(x, f), 32);
+  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), f);
+  return (UintVector)_mm512_mask_blend_epi32(0xaaaa, even, odd);
+}
+
 #include "block_kernels_impl.h"
 
 }  // namespace
 
 const BlockKernels kAvx512Kernels = {
     "avx512", gramian_block, gramian_row_block, server_step_block, weighted_sum_block, screen_block,
-    warp_rows,
+    warp_rows,     &kIntensityKernels,
 };
 
 }  // namespace cpu

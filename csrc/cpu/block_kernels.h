@@ -9,6 +9,7 @@
 
 #include "../ops.h"
 #include "../patch.h"
+#include "intensity_kernels.h"
 
 namespace fedcmt {
 namespace cpu {
@@ -43,6 +44,8 @@ struct BlockKernels {
 
   // Rows [begin, end) of the D' * H' of a warped patch, all channels.
   void (*warp_rows)(const WarpArguments& arguments, int64_t begin, int64_t end);
+
+  const IntensityKernels* intensities;
 };
 
 extern const BlockKernels kPlainKernels;

@@ -159,13 +159,19 @@ inline IntVector gather_labels(const int16_t* from, IntVector index) {
 
 inline bool all_true(IntVector mask) { return (mask[0] & mask[1] & mask[2] & mask[3]) != 0; }
 
+// High halves of the unsigned products.
+inline UintVector multiply_high(UintVector a, uint32_t factor) {
+  for (int k = 0; k < kVectorLanes; ++k) a[k] = static_cast<uint32_t>((uint64_t{a[k]} * factor) >> 32);
+  return a;
+}
+
 #include "block_kernels_impl.h"
 
 }  // namespace
 
 const BlockKernels kPlainKernels = {
     "plain", gramian_block, gramian_row_block, server_step_block, weighted_sum_block, screen_block,
-    warp_rows,
+    warp_rows,     &kIntensityKernels,
 };
 
 }  // namespace cpu

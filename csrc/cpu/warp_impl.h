@@ -150,7 +150,7 @@ inline void warp_image(const WarpArguments& a, const Cells& cells, bool inside, 
     }
     FloatVector sum = values[0] * cells.weight[0];
     for (int corner = 1; corner < kCorners; ++corner) sum += values[corner] * cells.weight[corner];
-    __builtin_memcpy(a.out_image + c * voxels + to, &sum, count * sizeof(float));
+    store_vector_part(sum, a.out_image + c * voxels + to, count);
   }
 }
 
@@ -173,7 +173,7 @@ inline void warp_labels(const WarpArguments& a, const Cells& cells, bool inside,
       load_corners(from, a.label_strides, a.source, a.label_fill, cells, count, kCorners, labels);
     }
     const ShortVector won = __builtin_convertvector(decide<kCorners>(labels, cells), ShortVector);
-    __builtin_memcpy(a.out_labels + l * voxels + to, &won, count * sizeof(int16_t));
+    store_vector_part(won, a.out_labels + l * voxels + to, count);
   }
 }
 

@@ -115,7 +115,7 @@ __device__ __forceinline__ float warp_value(const WarpArguments& a, const float*
   return sum;
 }
 
-__global__ void __launch_bounds__(kThreads) warp_patch_kernel(WarpArguments a, int64_t voxels) {
+__global__ void __launch_bounds__(kThreads, 3) warp_patch_kernel(WarpArguments a, int64_t voxels) {
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
   int64_t voxel = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   for (; voxel < voxels; voxel += stride) {

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from fedcmt.ops._backend import Backend, BackendInfo, backend_info
 from fedcmt.ops._gram import gramian, gramian_append, project_conflicts, restore_norms
+from fedcmt.ops._intensity import change_intensities
 from fedcmt.ops._labels import logits_to_labels
 from fedcmt.ops._means import screen, weighted_mean
 from fedcmt.ops._patch import patch_affine, warp_patch
@@ -27,6 +28,7 @@ __all__ = [
     "ScreenStats",
     "StepStats",
     "backend_info",
+    "change_intensities",
     "copy_buffer",
     "empty_buffer",
     "gramian",

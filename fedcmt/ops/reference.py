@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fedcmt.ops._stats import ScreenStats, StepStats
+from fedcmt.ops.intensity_reference import change_intensities as change_intensities
 from fedcmt.ops.patch_reference import warp_patch as warp_patch
 from fedcmt.ops.taps import all_taps, interpolated_slice
 
