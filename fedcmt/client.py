@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from fedcmt import ops
 from fedcmt.checkpoint import ClientFolder
 from fedcmt.config import ClientConfig, FederationConfig
+from fedcmt.errors import InputError
 from fedcmt.exchange import PARTS, ClientDescription, ClientUpdate, Membership, Outgoing
 from fedcmt.files import read_tensors, write_tensors
 from fedcmt.initial_weights import Matched, start_from
@@ -22,6 +24,8 @@ from fedcmt.strategies.client_work import ClientWork
 from fedcmt.strategies.matching import part
 from fedcmt.topology import contract_digest
 from fedcmt.trainer import FitResult, Trainer
+
+_SHARE_STEP = 0.25  # by which a learned share may change in a round
 
 
 class Client:
@@ -56,6 +60,13 @@ class Client:
         self._target = config.target or target_of(plan)
         self.steps = config.local_steps or federation.training.local_steps
         self._work = work or ClientWork()
+        if self._work.decoder_steps >= self.steps:
+            raise InputError(
+                f"{self._work.decoder_steps} steps of the decoder alone leave none of {self.steps} local steps",
+                client=config.name,
+                field="strategy.decoder_steps",
+                fix="use fewer",
+            )
         self.trainer = self._new_trainer(config, federation, self._work, device)
         self._personal: Trainer | None = None
         if self._work.personal is not None:
@@ -67,7 +78,7 @@ class Client:
         self._best_model: dict[str, Tensor] | None = None  # of this round, until saved
         self._local: Validation | None = None  # of this round's local training
         self._began: tuple[Tensor, Tensor] | None = None  # encoder and adaptor before it
-        self._goes_on = False  # from its own model instead of the server's
+        self._own_share = 0.0  # of its own model in the one that it goes on from; the rest is the server's
         self._line: dict[str, Any] = {}
 
     def _new_trainer(
@@ -135,7 +146,7 @@ class Client:
         """Receive what local training starts from; None for the client's own."""
         trainer = self.trainer
         if outgoing is not None:
-            if not self._goes_on:
+            if not self._own_share:
                 self._receive(outgoing)
             trainer.receive(outgoing.encoder, outgoing.adaptor)
             trainer.trained = outgoing.trained
@@ -225,26 +236,39 @@ class Client:
     def _adopt(
         self, own: tuple[Tensor, Tensor], aggregated: Validation, round_index: int
     ) -> tuple[Validation, float, float]:
-        """Take the best of the server's model, the client's own and, where asked for, their mean.
+        """Take the best of the server's model, the client's own and, where asked for, means of both.
 
         Returns:
             Its validation, the share of the client's own model in it, and the seconds spent.
         """
         assert self._local is not None
-        trainer, seconds = self.trainer, 0.0
-        server = trainer.encoder.clone(), trainer.adaptor.clone()
-        seen = [(aggregated, 0.0), (self._local, 1.0)]
-        if self._work.adoption == "mixed":
-            self._blend(server, own, 0.5)
-            mixed, seconds = self._validate("mixed", round_index)
-            seen.insert(1, (mixed, 0.5))
-        best = seen[0]
-        for candidate in seen[1:]:
-            if candidate[0].better_than(best[0]):
+        server = self.trainer.encoder.clone(), self.trainer.adaptor.clone()
+        seen, seconds = {0.0: aggregated, 1.0: self._local}, 0.0
+        for share in set(self._shares()) - set(seen):
+            self._blend(server, own, share)
+            seen[share], more = self._validate("mixed", round_index)
+            seconds += more
+        candidates = [(share, seen[share]) for share in self._shares()]
+        best = candidates[0]
+        for candidate in candidates[1:]:
+            if self._prefers(candidate[1], best[1]):
                 best = candidate
-        self._blend(server, own, best[1])
-        self._goes_on = best[1] > 0
-        return *best, seconds
+        self._own_share = best[0]
+        self._blend(server, own, self._own_share)
+        return best[1], self._own_share, seconds
+
+    def _shares(self) -> tuple[float, ...]:
+        """Shares of its own model that a client may take, the server's model first."""
+        if self._work.adoption != "learned":
+            return (0.0, 0.5, 1.0) if self._work.adoption == "mixed" else (0.0, 1.0)
+        steps = (self._own_share + step for step in (-_SHARE_STEP, 0.0, _SHARE_STEP))
+        return tuple(share for share in steps if 0 <= share <= 1)
+
+    def _prefers(self, one: Validation, other: Validation) -> bool:
+        if self._work.adoption != "learned":
+            return one.better_than(other)
+        # Scores of a few cases jump; the loss tells neighbouring shares apart.
+        return one.loss < other.loss or math.isfinite(one.loss) > math.isfinite(other.loss)
 
     def _blend(self, server: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], share: float) -> None:
         for flat, theirs, mine in zip((self.trainer.encoder, self.trainer.adaptor), server, own, strict=True):
@@ -292,7 +316,7 @@ class Client:
         write_tensors(
             self._folder.state(round_index),
             state,
-            facts | {"best": best, "best_facts": self._best_facts, "goes_on": self._goes_on},
+            facts | {"best": best, "best_facts": self._best_facts, "own_share": self._own_share},
         )
         if not self.membership.takes_part(round_index):
             return  # it has left; its models are written
@@ -317,7 +341,7 @@ class Client:
             self._personal.restore(personal, source=path)
         self.trainer.restore({k: t for k, t in tensors.items() if not k.startswith("personal.")}, source=path)
         self._best = None if facts["best"] is None else Validation.from_json(facts["best"])
-        self._best_facts, self._goes_on = facts["best_facts"], facts["goes_on"]
+        self._best_facts, self._own_share = facts["best_facts"], facts["own_share"]
 
 
 def _seconds(fitted: FitResult) -> dict[str, float]:

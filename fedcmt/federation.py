@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -57,13 +58,14 @@ class FederationResult:
 
 
 def run_federation(
-    config: FederationConfig | Mapping[str, Any] | Path | str, *, fresh: bool = False
+    config: FederationConfig | Mapping[str, Any] | Path | str, *, fresh: bool = False, scores_only: bool = False
 ) -> FederationResult:
     """Run a federation in this process, or go on with one that was interrupted.
 
     Args:
         config: A config, a mapping of its settings, or a YAML file.
         fresh: Start over instead of resuming.
+        scores_only: Leave out the report page, the curves for TensorBoard and the nnU-Net model folders.
 
     Raises:
         InputError: A mistake in the config or the data; nothing was written then.
@@ -111,13 +113,16 @@ def run_federation(
             workspace.clear()
         _write_descriptions(workspace, config, contract, plans)
         lines = _resume(workspace, server, clients, display)
-        curves = stack.enter_context(Curves(workspace.tensorboard, server.round_index))
+        curves = None if scores_only else stack.enter_context(Curves(workspace.tensorboard, server.round_index))
         for round_index in range(server.round_index + 1, config.rounds + 1):
             new = run_round(server, clients, round_index, display)
             lines += new
             commit(workspace, server, clients, lines)
-            curves.add(new)
-        results = _finish(workspace, config, plans, display)
+            if curves is not None:
+                curves.add(new)
+        results = _score(workspace, config, plans, display)
+        if not scores_only:
+            _present(workspace, display)
     return FederationResult(workspace.path, config.rounds, results)
 
 
@@ -358,22 +363,29 @@ def _resume(workspace: Workspace, server: Server, clients: Sequence[Client], dis
     return []
 
 
-def _finish(
+def _score(
     workspace: Workspace, config: FederationConfig, plans: Mapping[str, ClientPlan], display: Display
 ) -> dict[str, Any]:
-    """Predict, score, export and report, unless that was done after these rounds."""
+    """Predict and score, unless that was done after these rounds."""
     if workspace.results.is_file() and (done := read_json(workspace.results))["rounds"] == config.rounds:
-        write_report(workspace.path)
         return done
     entries = []
     for name, plan in plans.items():
+        shutil.rmtree(workspace.client(name).model, ignore_errors=True)  # of earlier rounds
         if not workspace.client(name).best.is_file():
             display.note(f"{name}: joins after these rounds and has no model")
             continue
         display.note(f"{name}: predicting with its best model")
         entries.append(score_client(workspace, name, plan, config.inference, config.device))
-        export_nnunet_model(workspace.client(name), workspace.client(name).model)
     results = {"federation": config.name, "strategy": config.strategy.name, "rounds": config.rounds, "clients": entries}
     write_json(workspace.results, results)
-    display.note(f"report: {write_report(workspace.path)}")
     return results
+
+
+def _present(workspace: Workspace, display: Display) -> None:
+    """Export the best models and write the report."""
+    for entry in read_json(workspace.results)["clients"]:
+        folder = workspace.client(entry["client"])
+        if not folder.model.is_dir():
+            export_nnunet_model(folder, folder.model)
+    display.note(f"report: {write_report(workspace.path)}")

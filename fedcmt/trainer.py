@@ -83,7 +83,7 @@ class Trainer:
         if work.sends_decoder:
             self.decoder, self.decoder_layout = self._share("decoder")
         self.trained: tuple[str, ...] = PARTS
-        self._proximal = work.proximal
+        self._proximal, self._decoder_steps = work.proximal, work.decoder_steps
         self._anchors: list[tuple[torch.nn.Parameter, Tensor]] = []
         self._teacher = Teacher(self.network, work.distillation) if work.distillation.weight > 0 else None
         self.objective = objective or make_objective(
@@ -179,7 +179,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.network.train()
-        self._freeze(self.trained)
+        self._freeze(("decoder",) if self._decoder_steps else self.trained)
         self._round, self._fitted = round_index, FitResult(0, 0.0, rate, 0.0, 0.0, 0.0)
         try:
             with self.objective.batches(round_index, steps) as self._batches:
@@ -200,6 +200,8 @@ class Trainer:
         """
         assert self._batches is not None
         started, past = time.perf_counter(), self._fitted
+        if 0 < past.steps == self._decoder_steps:
+            self._freeze(self.trained)
         batch = next(self._batches)
         loss = self._optimize(batch)
         if not math.isfinite(loss):
