@@ -153,7 +153,7 @@ bench() {
 # DALI on the GPU against DALI on the CPU, its buffers in torch, and how long a trainer waits for patches.
 data() {
     if [ "$device" = cpu ]; then
-        "$python" "$root/scripts/gpu_data.py" "$folder" --device cpu --size 24 --batches 6 --threads 1
+        "$python" "$root/scripts/gpu_data.py" "$folder" --device cpu --size 16 --batches 3 --parity 6 --threads 1
     else
         "$python" "$root/scripts/gpu_data.py" "$folder"
     fi

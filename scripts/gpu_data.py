@@ -1,6 +1,6 @@
 """The DALI backend on a GPU: parity with the CPU, hand-over without a copy, and how long a trainer waits for patches.
 
-usage: python scripts/gpu_data.py FOLDER [--device cuda] [--size 128] [--channels 2] [--batches 60]
+usage: python scripts/gpu_data.py FOLDER [--device cuda] [--size 128] [--channels 2] [--batches 60] [--parity 24]
 
 Cases are made up in memory, so that reading is no part of it. Results: data.json in the folder.
 """
@@ -28,7 +28,6 @@ from fedcmt.data.targets import TargetRules
 from fedcmt.data.torch_pipeline import Batch, PatchSource
 
 TOLERANCE = 2e-4  # of the standard deviation: the table in docs/data.md
-PARITY_BATCHES = 24
 LIMITS_OF_ZERO = ("unequal_target_voxels", "copied_tensors", "overwritten_batches")
 
 
@@ -79,11 +78,11 @@ def make_maker(source: PatchSource, cases: MadeCases, device: torch.device, ahea
     return dali.DaliMaker(source, reader, generator, device, ahead)
 
 
-def parity(source: PatchSource, cases: MadeCases, device: torch.device) -> dict[str, float]:
+def parity(source: PatchSource, cases: MadeCases, device: torch.device, batches: int) -> dict[str, float]:
     """The same graph and draws on the device and on the CPU."""
     makers = [make_maker(source, cases, where, 2) for where in (device, torch.device("cpu"))]
     error, wrong = 0.0, 0
-    for index in range(PARITY_BATCHES):
+    for index in range(batches):
         there, here = (maker.make(index) for maker in makers)
         error = max(error, float((there.data.cpu() - here.data).abs().max() / here.data.std()))
         wrong += sum(int((a.cpu() != b).sum()) for a, b in zip(there.target, here.target, strict=True))
@@ -161,12 +160,13 @@ def main() -> int:
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--channels", type=int, default=2)
     parser.add_argument("--batches", type=int, default=60)
+    parser.add_argument("--parity", type=int, default=24, help="batches compared with the CPU's")
     parser.add_argument("--threads", type=int, default=4)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     source = client(arguments.size, arguments.channels)
     cases = MadeCases(source.rules)
-    found: dict[str, Any] = parity(source, cases, device)
+    found: dict[str, Any] = parity(source, cases, device, arguments.parity)
     found["copied_tensors"] = copies(source, cases, device)
     found["overwritten_batches"] = overwritten(source, cases, device)
     found |= stall(source, cases, device, arguments.batches, arguments.threads)

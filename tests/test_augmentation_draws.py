@@ -18,7 +18,7 @@ from test_augmentation_parity import rules_of
 from fedcmt.data import sampling
 from fedcmt.data.geometry import turned
 from fedcmt.data.sampling import Draws, LabelKey, PatchRules, draw_patch
-from fedcmt.seeding import sample_generator
+from fedcmt.seeding import sample_generator, seeded
 
 COUNT, CHANNELS = 3000, 2
 generator = partial(sample_generator, 1, client="site", round_index=1, purpose="training patches")
@@ -125,9 +125,8 @@ def surprises(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) 
 @pytest.mark.parametrize("shape", ["isotropic", "anisotropic"])
 def test_parameters_are_distributed_as_nnunets(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rules = replace(rules_of(shape, CHANNELS), rotation=0.5)
-    np.random.seed(0)
-    torch.manual_seed(0)
-    theirs = of_nnunet(rules)
+    with seeded(0):
+        theirs = of_nnunet(rules)
     assert len(theirs) == 9
     found = surprises(of_ours(rules), theirs)
     assert max(found.values()) < 4.5, found
@@ -160,9 +159,9 @@ def test_places_are_distributed_as_nnunets(case_shape: tuple[int, int, int], ign
     loader = nnUNetDataLoader(
         SimpleNamespace(identifiers=["a"]), 1, rules.initial_size, rules.patch_size, manager, float(forced)
     )
-    np.random.seed(1)
     listed = {key: np.c_[np.zeros(len(voxels), int), voxels] for key, voxels in places.items()}
-    theirs = np.array([loader.get_bbox(case_shape, forced, listed)[0] for _ in range(COUNT)], float)
+    with seeded(1):
+        theirs = np.array([loader.get_bbox(case_shape, forced, listed)[0] for _ in range(COUNT)], float)
     ours = [d.corner for d in drawn(rules, Facts(case_shape, places))]
     assert max(surprises({"corner": np.array(ours, float)}, {"corner": theirs}).values()) < 4.5
     assert (np.min(ours, 0) == theirs.min(0)).all()

@@ -10,6 +10,7 @@ import torch
 from augmentation import case, of_nnunet
 
 from fedcmt.data.geometry import reading
+from fedcmt.data.intensity import standard_noise
 from fedcmt.data.sampling import Draws, PatchRules
 from fedcmt.data.torch_pipeline import augmented
 
@@ -76,10 +77,10 @@ def both(
 ) -> tuple[np.ndarray, np.ndarray, torch.Tensor, torch.Tensor]:
     rules, draws = rules_of(shape, channels), draws_of(transform, shape, channels)
     image, marks = case(channels, rules.initial_size, labels, seed)
-    noise = torch.randn((channels, *rules.patch_size), generator=torch.Generator().manual_seed(1))
+    noise = standard_noise(channels, rules.patch_size, draws.noise_seed)
     part = reading(draws, rules)
     box = tuple(slice(low, low + n) for low, n in zip(part.corner, part.size, strict=True))
-    ours = augmented(image[(slice(None), *box)].copy(), marks[box].copy(), part, draws, rules, noise)
+    ours = augmented(image[(slice(None), *box)].copy(), marks[box].copy(), part, draws, rules)
     return *ours, *of_nnunet(image, marks, draws, rules, noise)
 
 

@@ -9,19 +9,16 @@ from fedcmt import ops
 from fedcmt.data.sampling import Draws, Size
 
 
-def change_intensities(image: Tensor, draws: Draws, noise: Tensor | None = None) -> None:
+def change_intensities(image: Tensor, draws: Draws) -> None:
     """Noise, blur, brightness, contrast, low resolution and gamma, in this order; statistics are a channel's own.
 
     Args:
         image: `[C, D, H, W]` float32 without gaps, changed in place.
         draws: What to do.
-        noise: Standard normal numbers of the image's shape instead of those of ``draws.noise_seed``.
     """
-    if noise is not None:
-        image.add_(noise, alpha=draws.noise)
     ops.change_intensities(
         image,
-        noise=draws.noise if noise is None else 0.0,
+        noise=draws.noise,
         noise_seed=draws.noise_seed,
         blur=draws.blur,
         brightness=draws.brightness,

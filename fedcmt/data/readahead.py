@@ -19,6 +19,7 @@ Item = TypeVar("Item")
 Item_co = TypeVar("Item_co", covariant=True)
 
 _MOST_ATTEMPTS = 3  # at one item
+_LONGEST_FAREWELL = 10.0  # seconds
 
 
 class Maker(Protocol[Item_co]):
@@ -111,9 +112,9 @@ class ReadAhead(Generic[Item]):
             shared.waiting.clear()
             shared.done.clear()
             shared.changed.notify_all()
-            # A thread is waited for while it may still be well; then nothing of it outlives the block.
-            deadline = time.monotonic() + self._timeout
-            while any(w.index is not None for w in shared.workers) and time.monotonic() < deadline and error is None:
+            # Threads at work are waited for, a while: nothing of them should outlive the block.
+            deadline = time.monotonic() + min(self._timeout, _LONGEST_FAREWELL)
+            while any(w.index is not None for w in shared.workers) and time.monotonic() < deadline:
                 shared.changed.wait(deadline - time.monotonic())
 
     def __iter__(self) -> Iterator[Item]:

@@ -44,9 +44,7 @@ class PatchSource:
     targets: TargetRules
 
 
-def augmented(
-    image: Image, labels: Labels, part: Reading, draws: Draws, rules: PatchRules, noise: Tensor | None = None
-) -> tuple[Image, Labels]:
+def augmented(image: Image, labels: Labels, part: Reading, draws: Draws, rules: PatchRules) -> tuple[Image, Labels]:
     """Everything that is drawn, applied to what was read; the last step before labels become targets.
 
     Args:
@@ -55,7 +53,6 @@ def augmented(
         part: How the patch lies in them.
         draws: What to do.
         rules: The client's.
-        noise: Instead of the noise field that belongs to the draws.
 
     Returns:
         Image `[C, D, H, W]` and labels `[D, H, W]`, mirrored: they need not be contiguous.
@@ -64,7 +61,7 @@ def augmented(
     if part.affine is not None:
         voxels, marks = ops.warp_patch(voxels, torch.from_numpy(labels)[None], part.affine, rules.patch_size)
         labels = marks[0].numpy()
-    change_intensities(voxels, draws, noise)
+    change_intensities(voxels, draws)
     steps = tuple(slice(None, None, -1 if axis in draws.mirror else None) for axis in range(3))
     return voxels.numpy()[(slice(None), *steps)], labels[steps]
 

@@ -17,6 +17,7 @@ from fedcmt.ops._means import screen, weighted_mean
 from fedcmt.ops._patch import patch_affine, warp_patch
 from fedcmt.ops._stats import ScreenStats, StepStats
 from fedcmt.ops._step import Optimizer, server_step
+from fedcmt.ops.buffers import copy_buffer, empty_buffer, zero_buffer
 from fedcmt.ops.mapped import MappedUpdates
 
 __all__ = [
@@ -28,6 +29,8 @@ __all__ = [
     "StepStats",
     "backend_info",
     "change_intensities",
+    "copy_buffer",
+    "empty_buffer",
     "gaussian_taps",
     "gramian",
     "gramian_append",
@@ -39,4 +42,5 @@ __all__ = [
     "server_step",
     "warp_patch",
     "weighted_mean",
+    "zero_buffer",
 ]
