@@ -116,7 +116,7 @@ class _Lent:
         if self._device.type != "cuda":
             return [torch.from_dlpack(buffer) for buffer in buffers]
         stream = torch.cuda.default_stream(self._device)
-        with torch.cuda.stream(stream):  # the trainer's; waits there for DALI's work, not here
+        with torch.cuda.stream(stream):  # the trainer's; `run` has already waited for DALI's work, in this thread
             tensors = [torch.from_dlpack(buffer) for buffer in buffers]
         fence = torch.cuda.Event()
         fence.record(stream)
