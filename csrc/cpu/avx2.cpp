@@ -111,6 +111,7 @@ inline void load_two(const BFloat16* p, float* out) {
 
 const BlockKernels kAvx2Kernels = {
     "avx2", gramian_block, gramian_row_block, server_step_block, weighted_sum_block, screen_block,
+    instance_norm_block,
 };
 
 }  // namespace cpu

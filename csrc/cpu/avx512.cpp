@@ -108,6 +108,7 @@ inline void load_two(const BFloat16* p, float* out) {
 
 const BlockKernels kAvx512Kernels = {
     "avx512", gramian_block, gramian_row_block, server_step_block, weighted_sum_block, screen_block,
+    instance_norm_block,
 };
 
 }  // namespace cpu

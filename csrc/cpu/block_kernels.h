@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "../norm.h"
 #include "../ops.h"
 
 namespace fedcmt {
@@ -39,6 +40,9 @@ struct BlockKernels {
 
   // Adds to sums.
   void (*screen)(const ScreenArguments& arguments, int64_t begin, int64_t end, ScreenSums* sums);
+
+  // Channel counts from 0 to instances * channels.
+  void (*instance_norm)(const NormArguments& arguments, int64_t channel);
 };
 
 extern const BlockKernels kPlainKernels;

@@ -11,3 +11,4 @@
 #include "gramian_impl.h"
 #include "step_impl.h"
 #include "screen_impl.h"
+#include "norm_impl.h"

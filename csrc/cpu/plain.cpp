@@ -144,6 +144,7 @@ inline Floats fma(Floats a, Floats b, Floats c) { return {a.v * b.v + c.v}; }
 
 const BlockKernels kPlainKernels = {
     "plain", gramian_block, gramian_row_block, server_step_block, weighted_sum_block, screen_block,
+    instance_norm_block,
 };
 
 }  // namespace cpu
