@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
+from fedcmt.allocator import reuse_large_blocks
 from fedcmt.case_progress import open_progress
 from fedcmt.checkpoint import ClientFolder, existing_client
 from fedcmt.command import run_command
@@ -177,6 +178,7 @@ def _predict(options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     options = _arguments(arguments)
+    reuse_large_blocks()
     return run_command(lambda: _predict(options))
 
 

@@ -14,7 +14,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor
 
 from fedcmt.errors import InputError, RunError
-from fedcmt.in_place_norm import normalize_in_place
+from fedcmt.lean_network import make_lean
 from fedcmt.models import Model
 from fedcmt.ops import logits_to_labels
 from fedcmt.precision import LEAST_AGREEMENT, PARITY_TILES, Precision, agreement, faster_network
@@ -83,7 +83,7 @@ class Segmenter:
         self._device = device
         self._network = model.network.to(device)
         if device.type == "cpu" and precision == "exact":
-            normalize_in_place(self._network)
+            make_lean(self._network)
         self._precision: Precision = precision
         self._note = note
         self._faster: dict[int, Network] = {}

@@ -124,6 +124,8 @@ class Malicious:
         ("fold", ["--folds", "use 0, 1"]),
         ("cascade", ["cascade", "nnUNetv2_predict"]),
         ("reader", ["NibabelIOWithReorient"]),
+        ("pictures", ["NaturalImage2DIO", "nnUNetv2_predict"]),
+        ("not a number", ["checkpoint_final.pth", "NaN or Inf", "seg_layers"]),
     ],
 )
 def test_a_damaged_model_is_one_line(
@@ -157,6 +159,12 @@ def test_a_damaged_model_is_one_line(
         configuration["previous_stage"] = "3d_lowres"
     elif damage == "reader":
         plans["image_reader_writer"] = "NibabelIOWithReorient"
+    elif damage == "pictures":
+        plans["image_reader_writer"] = "NaturalImage2DIO"
+    elif damage == "not a number":
+        saved = torch.load(checkpoint, weights_only=False)  # written by this test's fixture
+        saved["network_weights"]["decoder.seg_layers.0.bias"][0] = float("nan")
+        torch.save(saved, checkpoint)
     if copy.is_dir():
         (copy / "plans.json").write_text(json.dumps(plans))
     assert run(copy, scan, tmp_path / "out", *flags) == 2

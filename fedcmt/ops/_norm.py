@@ -21,8 +21,8 @@ def instance_norm_(
     """Normalises every channel of every instance in place, one pass after the other while it is in the cache.
 
     Equivalent to: `leaky_relu(instance_norm(x, None, None, weight, bias, eps=epsilon), negative_slope)`. The native
-    path rounds where torch does on the same processor; sums run in another order, in float64, so that a mean or variance
-    may differ in its last bit about once in ten million channels.
+    path rounds where torch does on the same processor; sums run in another order, in float64, so that a mean or a
+    variance may differ in its last bit about once in ten million channels.
 
     Args:
         x: float32 on the CPU, without gaps, at least two values a channel  # [B, C, ...]

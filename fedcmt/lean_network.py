@@ -1,7 +1,7 @@
-"""Networks whose normalisations run in place: on CPUs that saves a sixth of the time and the memory of a feature map.
+"""Networks made lean for prediction on CPUs, with the same bits as answer.
 
 What torch does in three passes and into a new tensor, instance normalisation and leaky ReLU after a convolution, is one
-native operation here, with torch's roundings.
+native operation here, with torch's roundings. And a decoder lets go of the encoder's feature maps as it uses them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import functools
 
 import torch
 from dynamic_network_architectures.building_blocks.simple_conv_blocks import ConvDropoutNormReLU
+from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -42,37 +43,57 @@ class InPlaceNorm(nn.Module):
         return functional.leaky_relu_(y, self.negative_slope)
 
 
-def normalize_in_place(network: nn.Module) -> bool:
-    """Let a network's blocks of convolution, instance normalisation and leaky ReLU normalise in place.
-
-    Only for prediction on a CPU. Names in the state dict stay as they are.
+class LeanDecoder(nn.Module):
+    """A U-Net's decoder that takes the encoder's feature maps out of the list it is given.
 
     Args:
-        network: Of ``dynamic_network_architectures``' blocks; others stay as they are.
-
-    Returns:
-        Whether anything was changed: not where the native operation is missing or rounds otherwise than this torch.
+        decoder: Without deep supervision; its parts are taken over under their names.
     """
-    if not _rounds_as_torch():
-        return False
-    blocks = [block for block in network.modules() if isinstance(block, ConvDropoutNormReLU)]
-    return sum(map(_replace, blocks)) > 0  # all of them, not only the first
+
+    transpconvs: nn.ModuleList
+    stages: nn.ModuleList
+    seg_layers: nn.ModuleList
+
+    def __init__(self, decoder: UNetDecoder) -> None:
+        super().__init__()
+        for name, part in decoder.named_children():
+            self.add_module(name, part)
+
+    def forward(self, skips: list[Tensor]) -> Tensor:
+        """Feature maps, finest first -> logits `[B, K, ...]`; the list is empty afterwards."""
+        x = skips.pop()
+        for upsample, stage in zip(self.transpconvs, self.stages, strict=True):
+            x = stage(torch.cat((upsample(x), skips.pop()), 1))
+        return self.seg_layers[-1](x)
 
 
-def _replace(block: ConvDropoutNormReLU) -> bool:
+def make_lean(network: nn.Module) -> None:
+    """Let a network predict on a CPU in less time and memory.
+
+    Names in its state dict stay as they are. Modules other than ``dynamic_network_architectures``' blocks stay as they
+    are, and all normalisations do where the native operation is missing or rounds otherwise than this torch.
+    """
+    for name, part in list(network.named_children()):
+        if type(part) is UNetDecoder and not part.deep_supervision:
+            setattr(network, name, LeanDecoder(part))
+    if _rounds_as_torch():
+        for block in [module for module in network.modules() if isinstance(module, ConvDropoutNormReLU)]:
+            _normalize_in_place(block)
+
+
+def _normalize_in_place(block: ConvDropoutNormReLU) -> None:
     convolution, norm, *rest = [*block.all_modules, None][: max(2, len(block.all_modules))]
     if not isinstance(convolution, _CONVOLUTIONS) or not isinstance(norm, _NORMS):
-        return False
-    if not norm.affine or norm.track_running_stats:
-        return False
+        return
+    if not norm.affine or norm.track_running_stats or len(rest) > 1:
+        return
     slope = 1.0
     if rest:
-        if len(rest) > 1 or not isinstance(rest[0], nn.LeakyReLU) or not 0 <= rest[0].negative_slope <= 1:
-            return False
+        if not isinstance(rest[0], nn.LeakyReLU) or not 0 <= rest[0].negative_slope <= 1:
+            return
         slope = float(rest[0].negative_slope)
         block.nonlin = block.all_modules[2] = nn.Identity()
     block.norm = block.all_modules[1] = InPlaceNorm(norm, slope)
-    return True
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Normalisation in place: the bits of torch, whatever the shape, and networks that answer as before."""
+"""Lean networks: normalisation in place gives the bits of torch, whatever the shape; networks answer as before."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from copy import deepcopy
 import pytest
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
+from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
 from torch import nn
 from torch.nn import functional
 
 from fedcmt import ops
-from fedcmt.in_place_norm import InPlaceNorm, normalize_in_place
+from fedcmt.lean_network import InPlaceNorm, LeanDecoder, make_lean
 
 NATIVE = pytest.mark.skipif(not ops.backend_info().native, reason="no extension")
 BACKENDS = ["reference", pytest.param("native", marks=NATIVE)]
@@ -96,8 +97,10 @@ def test_a_network_answers_as_before_and_keeps_its_names(kind: str) -> None:
     else:
         network = ResidualEncoderUNet(2, num_classes=3, n_blocks_per_stage=2, n_conv_per_stage_decoder=1, **BLOCK)
     changed = deepcopy(network)
-    assert normalize_in_place(changed)
-    assert any(isinstance(module, InPlaceNorm) for module in changed.modules())
+    make_lean(changed)
+    kinds = {type(module) for module in changed.modules()}
+    assert {InPlaceNorm, LeanDecoder} <= kinds
+    assert not {nn.InstanceNorm3d, UNetDecoder} & kinds
     assert changed.state_dict().keys() == network.state_dict().keys()
     weights = {name: tensor + 0.01 for name, tensor in network.state_dict().items()}
     for each in (network, changed):
@@ -122,8 +125,6 @@ def test_a_network_answers_as_before_and_keeps_its_names(kind: str) -> None:
     ],
 )
 def test_other_blocks_stay_as_they_are(change: dict[str, object]) -> None:
-    network = PlainConvUNet(
-        1, num_classes=2, n_conv_per_stage=1, n_conv_per_stage_decoder=1, **(BLOCK | change)
-    )  # fmt: skip
-    assert not normalize_in_place(network)
+    network = PlainConvUNet(1, num_classes=2, n_conv_per_stage=1, n_conv_per_stage_decoder=1, **(BLOCK | change))
+    make_lean(network)
     assert not any(isinstance(module, (InPlaceNorm, nn.Identity)) for module in network.modules())
