@@ -175,6 +175,15 @@ def test_a_damaged_model_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_empty_scan_is_one_warning(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in").mkdir()
+    image = sitk.GetImageFromArray(np.zeros((18, 20, 22), np.float32))
+    sitk.WriteImage(image, str(tmp_path / "in" / "empty_0000.nii.gz"))
+    assert run(model, tmp_path / "in" / "empty_0000.nii.gz", tmp_path / "out", "--folds", "0") == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("case 1/1")]
+    assert "channel 'MR0' is constant (0)" in line
+
+
 def test_logits_that_overflow_are_an_error_and_not_labels(model: Path, scan: Path, tmp_path: Path) -> None:
     copy = tmp_path / "model"
     shutil.copytree(model, copy)
