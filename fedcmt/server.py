@@ -33,9 +33,10 @@ class Server:
         initial_weights: Tensors that the common start takes where name and shape match; see ``matched``.
         device: Where the shared parameters live.
         backend: Of :mod:`fedcmt.ops`.
+        one_process: All clients stand in this process, so that strategies may pool their data.
 
     Raises:
-        InputError: A client has another topology, or the strategy's settings do not fit the clients.
+        InputError: A client has another topology, or the strategy fits neither the clients nor the engine.
     """
 
     def __init__(
@@ -49,7 +50,14 @@ class Server:
         device: torch.device,
         backend: ops.Backend = "auto",
         initial_weights: Mapping[str, Tensor] | None = None,
+        one_process: bool = False,
     ) -> None:
+        if strategy.pooled and not one_process:
+            raise InputError(
+                f"strategy '{strategy.name}' pools all clients' data, which never leave them here",
+                field="strategy",
+                fix="run it in one process with fedcmt run or fedcmt compare, or choose a federated strategy",
+            )
         self._strategy, self._topology, self._seed, self._rounds = strategy, contract.digest(), seed, rounds
         self._backend: ops.Backend = backend
         self._clients = {client.name: client for client in sorted(clients, key=lambda c: c.name)}
@@ -83,6 +91,11 @@ class Server:
                 field="topology",
                 fix="give every client the federation's topology",
             )
+
+    @property
+    def pooled(self) -> bool:
+        """Whether the strategy trains one model on all clients' data."""
+        return self._strategy.pooled
 
     @property
     def matched(self) -> Mapping[str, Matched]:

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedcmt.ops._stats import ScreenStats, StepStats
+from fedcmt.ops.intensity_reference import change_intensities as change_intensities
+from fedcmt.ops.patch_reference import warp_patch as warp_patch
 from fedcmt.ops.taps import all_taps, interpolated_slice
 
 # Elements widened to float64 at a time; bounds the memory to N x 8 MiB.
