@@ -242,19 +242,21 @@ def summary_table(rows: Sequence[Row], labels: Sequence[str], reference: str, ki
             per_client = [difference(rows, label, reference, kind, client) for client in clients]
             cells.append(difference(rows, label, reference, kind).text)
             if share:
-                cells.append("" if label == UPPER else _percent(share_of_headroom(rows, label, reference, UPPER, kind)))
+                cells.append("" if label == UPPER else percent(share_of_headroom(rows, label, reference, UPPER, kind)))
             cells += [f"{sum(d.mean < 0 for d in per_client)} of {len(clients)}"]
             cells += [f"{sum(d.high < 0 for d in per_client)}"]
-        lines.append(f"| {' | '.join([*cells, _steps(own)])} |")
+        lines.append(f"| {' | '.join([*cells, steps(own)])} |")
     return lines
 
 
-def _steps(own: Sequence[Row]) -> str:
+def steps(own: Sequence[Row]) -> str:
+    """Local steps of a client over all rounds, and those of its personal model."""
     personal = np.mean([row.personal_steps for row in own])
     return f"{np.mean([row.local_steps for row in own]):.0f}" + (f" + {personal:.0f} personal" if personal else "")
 
 
-def _percent(share: Difference) -> str:
+def percent(share: Difference) -> str:
+    """A share as in the table."""
     if math.isnan(share.mean):
         return "–"
     interval = "" if math.isnan(share.low) else f" [{share.low:.0%}, {share.high:.0%}]"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedcmt.checkpoint import Workspace
-from fedcmt.config import FederationConfig, load_config
+from fedcmt.config import ClientConfig, FederationConfig, load_config
 from fedcmt.errors import InputError, RunError
 from fedcmt.federation import prepare_clients, run_federation
 from fedcmt.files import read_json
@@ -82,11 +82,16 @@ def runs_of(
     return runs
 
 
+def _preprocessing(client: ClientConfig) -> dict[str, Any]:
+    """What a client's preprocessed data depend on."""
+    return client.model_dump(include={"dataset", "task", "configuration", "spacing"})
+
+
 def prepare_data(runs: Sequence[Run], folder: Path, say: Callable[[str], None]) -> None:
     """Check and preprocess each set of data once, before runs share it."""
     seen = set()
     for run in runs:
-        place = run.config.raw, run.config.preprocessed, run.variant.overrides
+        place = str([run.config.raw, run.config.preprocessed, *(_preprocessing(c) for c in run.config.clients)])
         if place not in seen:
             seen.add(place)
             say(f"checking and preprocessing the data of seed {run.seed}")

@@ -43,7 +43,7 @@ def sample_generator(seed: int, *, client: str, round_index: int, purpose: str, 
 def seeded(seed: int) -> Iterator[None]:
     """Seed Python's, NumPy's and torch's global generators for a block, and put them back afterwards.
 
-    nnU-Net's loader and augmentation draw from the global generators; there is no other way to steer them.
+    torch initialises networks from its global generator; there is no other way to steer it.
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():

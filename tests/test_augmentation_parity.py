@@ -10,9 +10,9 @@ import torch
 from augmentation import case, of_nnunet
 
 from fedcmt.data.geometry import reading
+from fedcmt.data.intensity import standard_noise
 from fedcmt.data.sampling import Draws, PatchRules
 from fedcmt.data.torch_pipeline import augmented
-from fedcmt.ops.intensity_reference import standard_noise
 
 SHAPES = {  # patch, region it is cut from, in-plane, slices
     "isotropic": ((20, 24, 22), (32, 39, 36), False, False),
@@ -77,8 +77,7 @@ def both(
 ) -> tuple[np.ndarray, np.ndarray, torch.Tensor, torch.Tensor]:
     rules, draws = rules_of(shape, channels), draws_of(transform, shape, channels)
     image, marks = case(channels, rules.initial_size, labels, seed)
-    field = [standard_noise(int(np.prod(rules.patch_size)), draws.noise_seed, channel) for channel in range(channels)]
-    noise = torch.from_numpy(np.stack(field)).float().reshape(channels, *rules.patch_size)
+    noise = standard_noise(channels, rules.patch_size, draws.noise_seed)
     part = reading(draws, rules)
     box = tuple(slice(low, low + n) for low, n in zip(part.corner, part.size, strict=True))
     ours = augmented(image[(slice(None), *box)].copy(), marks[box].copy(), part, draws, rules)

@@ -25,7 +25,6 @@ from fedcmt.plans import ClientPlan
 from fedcmt.seeding import sample_generator
 from fedcmt.server import Server
 
-
 BATCH_SIZE = 2  # of every client here
 
 

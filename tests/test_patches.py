@@ -24,6 +24,7 @@ from phantoms import federation, write_slices
 
 from fedcmt.config import DataConfig, load_config
 from fedcmt.data import backend
+from fedcmt.data.intensity import standard_noise
 from fedcmt.data.nnunet_rules import NnunetRules
 from fedcmt.data.patches import Patches
 from fedcmt.data.sampling import Draws, draw_patch
@@ -31,7 +32,6 @@ from fedcmt.data.source import CaseReader
 from fedcmt.data.torch_pipeline import Batch, PatchSource
 from fedcmt.errors import InputError
 from fedcmt.federation import prepare_clients
-from fedcmt.ops.intensity_reference import standard_noise
 from fedcmt.plans import ClientPlan
 from fedcmt.seeding import sample_generator
 
@@ -82,8 +82,7 @@ def by_nnunet(plan: ClientPlan, source: PatchSource, draws: Draws) -> tuple[torc
     image, labels, _, _ = nnUNetDatasetBlosc2(str(plan.folder), list(plan.train)).load_case(draws.case)
     box = [[low, low + n] for low, n in zip(draws.corner, rules.initial_size, strict=True)]
     x, y = crop_and_pad_nd(image, box, 0), crop_and_pad_nd(labels, box, -1)[0].astype(np.int16)
-    field = [standard_noise(int(np.prod(rules.patch_size)), draws.noise_seed, c) for c in range(rules.channels)]
-    noise = torch.from_numpy(np.stack(field)).float().reshape(rules.channels, *rules.patch_size)
+    noise = standard_noise(rules.channels, rules.patch_size, draws.noise_seed)
     data = dict(zip(("image", "segmentation"), of_nnunet(x, y, draws, rules, noise), strict=True))
     data["segmentation"] = data["segmentation"][None].clone()
     data = MaskImageTransform(list(source.targets.masked_channels))(**data)
@@ -225,6 +224,27 @@ def test_a_fault_names_client_and_case(
     with pytest.raises(InputError, match=f"client 'site', case 'case_00'.*{message}.*preprocess again"):
         batches_of(broken, 2)
     assert "executed" not in capsys.readouterr().out
+
+
+def test_a_case_that_changes_while_it_is_open_is_a_fault(broken: PatchSource) -> None:
+    """Mapped files: to read beyond the end of one would kill the process."""
+    patches = patches_of(broken)
+    with patches.batches(1, 2) as batches:
+        list(batches)
+    path = broken.folder / "case_00.b2nd"
+    with open(path, "r+b") as file:
+        file.truncate(100)
+    with (
+        pytest.raises(InputError, match=r"client 'site', case 'case_00'.*changed since"),
+        patches.batches(2, 2) as batches,
+    ):
+        list(batches)
+    path.unlink()
+    with (
+        pytest.raises(InputError, match=r"case 'case_00'.*case_00.b2nd is missing"),
+        patches.batches(3, 2) as batches,
+    ):
+        list(batches)
 
 
 def test_backend_goes_by_device_and_dali_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:

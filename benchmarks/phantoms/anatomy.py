@@ -29,6 +29,7 @@ class Tissue(IntEnum):
     VESSEL = 8
     LESION = 9
     CYST = 10
+    FATTY_LIVER = 11
 
 
 ORGANS = (Tissue.LIVER, Tissue.SPLEEN, Tissue.KIDNEY)
@@ -58,7 +59,7 @@ class Anatomy:
     cyst: np.ndarray
 
 
-def make_anatomy(rng: np.random.Generator, *, lesions: int, cysts: int = 2, decoys: int = 2) -> Anatomy:
+def make_anatomy(rng: np.random.Generator, *, lesions: int, cysts: int, decoys: int, steatosis: bool) -> Anatomy:
     """Draw a subject.
 
     Args:
@@ -66,15 +67,18 @@ def make_anatomy(rng: np.random.Generator, *, lesions: int, cysts: int = 2, deco
         lesions: Number of lesions in the organs.
         cysts: Number of cysts in the organs.
         decoys: Number of nodes of lesion tissue outside the organs, which count as no lesion.
+        steatosis: Whether the liver is fatty.
     """
     points = _subject_coordinates(rng)  # [3, D, H, W] in mm
     tissue = _outline(points)
     for organ, parts in _ELLIPSOIDS.items():
         for centre, radii in parts:
-            inside = _ellipsoid(points, rng.normal(centre, 2.5), radii * rng.uniform(0.85, 1.15, 3))
+            inside = _scaled_distance(points, rng.normal(centre, 2.5), radii * rng.uniform(0.85, 1.15, 3)) < 1
             tissue[inside & (tissue == Tissue.MUSCLE)] = organ
     organ = np.where(np.isin(tissue, ORGANS), tissue, 0).astype(np.uint8)
     tissue[draw_tubes(points, grow_trees(rng)) & (tissue > Tissue.FAT) & (tissue != Tissue.BONE)] = Tissue.VESSEL
+    if steatosis:
+        tissue[tissue == Tissue.LIVER] = Tissue.FATTY_LIVER
     lesion, taken = _blobs(rng, points, organ > 0, lesions, (6.0, 10.0), np.zeros(organ.shape, bool))
     cyst, taken = _blobs(rng, points, organ > 0, cysts, (5.0, 8.5), taken)
     decoy, _ = _blobs(rng, points, tissue == Tissue.MUSCLE, decoys, (5.5, 9.0), taken)
@@ -115,9 +119,10 @@ def _unit(vector: np.ndarray) -> np.ndarray:
     return vector / np.linalg.norm(vector)
 
 
-def _ellipsoid(points: np.ndarray, centre: np.ndarray, radii: np.ndarray) -> np.ndarray:
+def _scaled_distance(points: np.ndarray, centre: np.ndarray, radii: np.ndarray) -> np.ndarray:
+    """Squared distance from a centre, 1 on the ellipsoid of these radii."""
     scaled = (points - np.reshape(centre, (3, 1, 1, 1))) / np.reshape(radii, (3, 1, 1, 1))
-    return np.einsum("izyx,izyx->zyx", scaled, scaled) < 1
+    return np.einsum("izyx,izyx->zyx", scaled, scaled)
 
 
 def _outline(points: np.ndarray) -> np.ndarray:

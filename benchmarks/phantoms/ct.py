@@ -20,13 +20,14 @@ _HU = {
     Tissue.FAT: -95,
     Tissue.MUSCLE: 55,
     Tissue.BONE: 480,
-    Tissue.LIVER: 105,
-    Tissue.SPLEEN: 120,
-    Tissue.KIDNEY: 160,
+    Tissue.LIVER: 100,
+    Tissue.SPLEEN: 130,
+    Tissue.KIDNEY: 170,
     Tissue.FLUID: 12,
     Tissue.VESSEL: 175,
     Tissue.LESION: 50,
     Tissue.CYST: 10,
+    Tissue.FATTY_LIVER: 15,
 }
 _LOWEST, _HIGHEST = -1024, 3071
 _WATER = 0.02  # attenuation of water per mm
@@ -58,8 +59,9 @@ class CTScanner:
     def scan(self, anatomy: Anatomy, rng: np.random.Generator) -> np.ndarray:
         """An image `[1, D, H, W]` in Hounsfield units, whole numbers as scanners store them, as float32."""
         values = np.array([_HU[tissue] for tissue in Tissue], float)
-        values[_ENHANCED] = 55 + (values[_ENHANCED] - 55) * self.enhancement
-        values[1:] += rng.normal(0, 5, len(values) - 1)  # air is the same everywhere
+        # How much of the contrast agent has arrived differs by patient, and so do tissues; air is the same everywhere.
+        values[_ENHANCED] = 55 + (values[_ENHANCED] - 55) * self.enhancement * rng.uniform(0.7, 1.3)
+        values[1:] += rng.normal(0, 9, len(values) - 1)
         fine = values[anatomy.tissue]
         for share, tissue in ((anatomy.lesion, Tissue.LESION), (anatomy.cyst, Tissue.CYST)):
             fine += share * (values[tissue] - fine)

@@ -21,6 +21,7 @@ _TISSUES = {
     Tissue.VESSEL: (0.12, 1400, 150),
     Tissue.LESION: (0.82, 1000, 95),
     Tissue.CYST: (0.98, 2900, 350),
+    Tissue.FATTY_LIVER: (0.80, 370, 65),
 }
 # Repetition, echo and inversion time in ms; no inversion where the last is 0.
 _SEQUENCES = {"T1": (500, 12, 0), "T2": (4000, 90, 0), "PD": (3500, 20, 0), "FLAIR": (9000, 100, 2100)}
@@ -59,7 +60,7 @@ class MRScanner:
 
     def scan(self, anatomy: Anatomy, rng: np.random.Generator) -> np.ndarray:
         """An image `[C, D, H, W]`, float32, never negative."""
-        tissues = np.array([_TISSUES[tissue] for tissue in Tissue], float) * rng.normal(1, 0.04, (len(Tissue), 3))
+        tissues = np.array([_TISSUES[tissue] for tissue in Tissue], float) * rng.normal(1, 0.08, (len(Tissue), 3))
         texture = gaussian_filter(rng.normal(size=anatomy.tissue.shape), 2.5)
         texture = 1 + 0.05 * texture / texture.std()
         return np.stack([self._channel(name, tissues, texture, anatomy, rng) for name in self.channels])

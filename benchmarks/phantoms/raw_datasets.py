@@ -169,8 +169,8 @@ def make_case(settings: DatasetSettings, seed: int, index: int) -> tuple[Volume,
     def generator(purpose: str) -> np.random.Generator:
         return np.random.default_rng(derive_seed(seed, client=settings.folder, purpose=purpose))
 
-    label = index % 2
-    anatomy = make_subject(generator(f"subject {index}"), settings.task, bool(label))
+    label = index % 2 if settings.task == "class" else 0
+    anatomy = make_subject(generator(f"subject {index}"), bool(label))
     scanner = _scanner(settings, generator("scanner"))
     image = Volume(scanner.scan(anatomy, generator(f"scan {index}")), (SPACING,) * 3, _affine())
     return image, make_labels(anatomy, settings.task), label

@@ -1,4 +1,4 @@
-"""What a client learns from a subject: organs, lesions, vessels, or whether there is a lesion."""
+"""What a client learns from a subject: organs, lesions, vessels, or whether the liver is fatty."""
 
 from __future__ import annotations
 
@@ -15,22 +15,13 @@ LABELS: dict[TaskName, dict[str, int]] = {
     "vessel": {"background": 0, "vessel": 1},
     "class": {"background": 0, "body": 1},  # nnU-Net asks for labels; the cases have no label maps
 }
-# Both kinds have focal findings in the organs, equally many; the image tells cysts from lesions.
-CLASSES = {"benign": 0, "tumour": 1}
-_FINDINGS = 3
+# Livers are as large with fat as without: only the image tells.
+CLASSES = {"healthy": 0, "steatosis": 1}
 
 
-def make_subject(rng: np.random.Generator, task: TaskName, tumour: bool) -> Anatomy:
-    """A subject for a task.
-
-    Args:
-        rng: Generator of the subject.
-        task: Everybody has lesions and cysts, unless the task is to tell who has lesions.
-        tumour: For ``class``: whether two of three findings are lesions, or all are cysts.
-    """
-    lesions = (_FINDINGS - 1 if tumour else 0) if task == "class" else int(rng.integers(2, 4))
-    cysts = _FINDINGS - lesions if task == "class" else 2
-    return make_anatomy(rng, lesions=lesions, cysts=cysts, decoys=2)
+def make_subject(rng: np.random.Generator, steatosis: bool) -> Anatomy:
+    """A subject; all tasks have the same, but for the fatty livers."""
+    return make_anatomy(rng, lesions=int(rng.integers(2, 4)), cysts=2, decoys=2, steatosis=steatosis)
 
 
 def make_labels(anatomy: Anatomy, task: TaskName) -> np.ndarray:

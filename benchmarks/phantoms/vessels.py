@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -43,7 +43,7 @@ def _trunk(rng: np.random.Generator, place: tuple[float, float], radius: float) 
     heights = np.linspace(-60, 60, 9)
     sway = np.cumsum(rng.normal(0, 1.2, (9, 2)), 0)
     knots = np.column_stack([heights, np.asarray(place) + sway - sway.mean(0)])
-    return [Tube(a, b, radius) for a, b in itertools.pairwise(knots)]
+    return [Tube(a, b, radius) for a, b in pairwise(knots)]
 
 
 def _branches(

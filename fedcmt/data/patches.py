@@ -82,5 +82,6 @@ class Patches:
         if self._backend == "dali":
             from fedcmt.data.dali import DaliMaker
 
-            return DaliMaker(self._source, lent[-1], generator, self._device)
+            ahead = max(self._settings.ahead, self._threads())  # as ReadAhead counts
+            return DaliMaker(self._source, lent[-1], generator, self._device, ahead)
         return TorchMaker(self._source, lent[-1], generator, pinned=self._device.type == "cuda")

@@ -43,11 +43,13 @@ class Case:
         image: blosc2 array `[C, D, H, W]` float32.
         labels: blosc2 array `[1, D, H, W]` int8 or int16.
         foreground: Label or region -> some voxels of it, `[n, 3]`.
+        stamps: Size and time of the files when they were opened.
     """
 
     image: Any
     labels: Any
     foreground: Mapping[LabelKey, np.ndarray]
+    stamps: tuple[tuple[int, int], ...]
 
     @property
     def shape(self) -> Size:
@@ -105,9 +107,15 @@ class CaseReader:
         ]
         place = tuple(slice(s.start - low, s.stop - low) for s, low in zip(inside, part.corner, strict=True))
         try:
+            # To read a mapped file that has become shorter would end the process. Asking also lets a mount that no
+            # longer answers block this thread alone, where the watchdog sees it, and not Python's lock.
+            if self._stamps(name) != case.stamps:
+                raise self._fault(name, "its files have changed since they were opened")
             image, labels = self._padded(case.image, case.labels, inside, place, part.size)
+        except FileNotFoundError as error:
+            raise self._fault(name, f"{Path(error.filename).name} is missing") from error
         except (RuntimeError, OSError) as error:
-            raise self._fault(name, f"the file is damaged ({error})") from error
+            raise self._fault(name, f"a file is damaged ({error})") from error
         # A sum finds NaN and Inf in one pass without a temporary; where it overflows, the exact look decides.
         if not np.isfinite(image.sum(dtype=np.float32)) and not np.isfinite(image).all():
             raise self._fault(name, "the image holds NaN or Inf")
@@ -135,14 +143,22 @@ class CaseReader:
 
     def _opened(self, name: str) -> Case:
         try:
-            image, labels = (_array(self._folder / f"{name}{ending}") for ending in (".b2nd", "_seg.b2nd"))
+            stamps = self._stamps(name)
+            image, labels = (_array(path) for path in self._files(name))
             properties = _properties(self._folder / f"{name}.pkl")
             foreground = {_key(key): _voxels(value) for key, value in properties["class_locations"].items()}
         except FileNotFoundError as error:
-            raise self._fault(name, f"{Path(error.filename or str(error)).name} is missing") from error
+            raise self._fault(name, f"{Path(error.filename).name} is missing") from error
         except (RuntimeError, OSError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
             raise self._fault(name, f"a file is damaged ({error})") from error
-        return Case(image, labels, foreground)
+        return Case(image, labels, foreground, stamps)
+
+    def _files(self, name: str) -> tuple[Path, Path]:
+        return self._folder / f"{name}.b2nd", self._folder / f"{name}_seg.b2nd"
+
+    def _stamps(self, name: str) -> tuple[tuple[int, int], ...]:
+        found = [os.stat(path) for path in self._files(name)]
+        return tuple((facts.st_size, facts.st_mtime_ns) for facts in found)
 
     def _fault(self, case: str, message: str) -> InputError:
         return InputError(
@@ -155,8 +171,6 @@ class CaseReader:
 
 
 def _array(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(2, "no such file", str(path))
     # Mapped files read in half the time; nnU-Net found that mapping fails on Windows.
     mapped = {} if os.name == "nt" else {"mmap_mode": "r"}
     return blosc2.open(urlpath=str(path), mode="r", dparams={"nthreads": 1}, **mapped)

@@ -48,13 +48,14 @@ def targets(labels: Labels, rules: TargetRules) -> list[npt.NDArray[np.int16 | n
     return [np.stack([np.isin(part, region) for region in rules.regions]) for part in thinned]
 
 
+def nearest_exact(before: int, after: int) -> npt.NDArray[np.intp]:
+    """torch's ``nearest-exact``: the voxel at ``floor((i + 0.5) before / after)``, in float32, `[after]`."""
+    places = (np.arange(after, dtype=np.float32) + np.float32(0.5)) * (np.float32(before) / np.float32(after))
+    return np.minimum(places.astype(np.intp), before - 1)
+
+
 def _nearest(extent: Sequence[int], size: Size) -> tuple[npt.NDArray[np.intp], ...]:
-    """torch's ``nearest-exact``: the voxel at ``floor((i + 0.5) extent / size)``, in float32."""
-    rows = []
-    for before, after in zip(extent, size, strict=True):
-        places = (np.arange(after, dtype=np.float32) + np.float32(0.5)) * (np.float32(before) / np.float32(after))
-        rows.append(np.minimum(places.astype(np.intp), before - 1))
-    return np.ix_(*rows)
+    return np.ix_(*(nearest_exact(before, after) for before, after in zip(extent, size, strict=True)))
 
 
 def mask_image(image: np.ndarray, labels: Labels, channels: Sequence[int]) -> None:

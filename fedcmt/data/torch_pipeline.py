@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedcmt import ops
 from fedcmt.data.geometry import Reading, reading
+from fedcmt.data.intensity import change_intensities
 from fedcmt.data.sampling import Draws, PatchRules, draw_patch
 from fedcmt.data.source import Case, CaseReader, Image, Labels
 from fedcmt.data.targets import TargetRules, mask_image, targets
@@ -60,17 +61,7 @@ def augmented(image: Image, labels: Labels, part: Reading, draws: Draws, rules: 
     if part.affine is not None:
         voxels, marks = ops.warp_patch(voxels, torch.from_numpy(labels)[None], part.affine, rules.patch_size)
         labels = marks[0].numpy()
-    ops.change_intensities(
-        voxels,
-        noise=draws.noise,
-        noise_seed=draws.noise_seed,
-        blur=draws.blur,
-        brightness=draws.brightness,
-        contrast=draws.contrast,
-        low_resolution=draws.low_resolution,
-        gamma_inverted=draws.gamma_inverted,
-        gamma=draws.gamma,
-    )
+    change_intensities(voxels, draws)
     steps = tuple(slice(None, None, -1 if axis in draws.mirror else None) for axis in range(3))
     return voxels.numpy()[(slice(None), *steps)], labels[steps]
 

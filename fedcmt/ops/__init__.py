@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from fedcmt.ops._backend import Backend, BackendInfo, backend_info
 from fedcmt.ops._gram import gramian, gramian_append, project_conflicts, restore_norms
-from fedcmt.ops._intensity import change_intensities
+from fedcmt.ops._intensity import change_intensities, gaussian_taps
 from fedcmt.ops._labels import logits_to_labels
 from fedcmt.ops._means import screen, weighted_mean
 from fedcmt.ops._norm import instance_norm_
@@ -32,6 +32,7 @@ __all__ = [
     "change_intensities",
     "copy_buffer",
     "empty_buffer",
+    "gaussian_taps",
     "gramian",
     "gramian_append",
     "instance_norm_",
