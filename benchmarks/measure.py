@@ -18,6 +18,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fedcmt import ops
+
 Work = Callable[[], object]
 Role = Literal["ours", "other", "floor", "peak"]
 _WARM_UP = 1
@@ -39,7 +41,7 @@ class Inputs:
     def rows(self, dtype: torch.dtype) -> Sequence[Tensor]:
         """The updates  # N x [P]"""
         if dtype not in self._rows:
-            self._rows[dtype] = [row.to(dtype) for row in self.made_rows()]
+            self._rows[dtype] = [ops.empty_buffer(self.length, dtype).copy_(row) for row in self.made_rows()]
         return self._rows[dtype]
 
     def made_rows(self) -> Iterator[Tensor]:
@@ -52,13 +54,14 @@ class Inputs:
     def stacked(self, dtype: torch.dtype) -> Tensor:
         """The updates as one matrix  # [N, P]"""
         if dtype not in self._stacked:
-            self._stacked[dtype] = torch.stack(list(self.rows(dtype)))
+            matrix = ops.empty_buffer(self.count * self.length, dtype).view(self.count, self.length)
+            self._stacked[dtype] = torch.stack(list(self.rows(dtype)), out=matrix)
         return self._stacked[dtype]
 
     def state(self, number: int) -> list[Tensor]:
         """Float32 vectors of the server: parameters, momentum and so on  # number x [P]"""
         while len(self._state) < number:
-            self._state.append(torch.full((self.length,), 1e-3))
+            self._state.append(ops.empty_buffer(self.length).fill_(1e-3))
         return self._state[:number]
 
 

@@ -1,27 +1,20 @@
 // Python module fedcmt._C: the operations over raw pointers (integers), with the GIL released.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <algorithm>
 #include <memory>
 #include <stdexcept>
 #include <tuple>
 
+#include "bindings.h"
 #include "labels.h"
+#include "norm.h"
 #include "ops.h"
-
-namespace py = pybind11;
 
 namespace {
 
-using Address = std::uintptr_t;
+using fedcmt::bindings::Address;
+using fedcmt::bindings::pointer;
 using Addresses = std::vector<Address>;
 using Bounds = std::vector<int64_t>;
-
-template <typename T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 // Checks here are the last line of defence: every message for users comes from fedcmt/ops.
 fedcmt::Dtype checked_dtype(int dtype) {
@@ -237,6 +230,17 @@ bool logits_to_labels_cpu(Address logits, const Strides& shape, const Strides& l
   return fedcmt::cpu::logits_to_labels(a, num_threads);
 }
 
+void instance_norm_cpu(Address values, const std::tuple<int64_t, int64_t, int64_t>& shape,
+                       Address weight, Address bias, double epsilon, float slope,
+                       int num_threads) {
+  const auto [instances, channels, size] = shape;
+  const fedcmt::NormArguments arguments{pointer<float>(values), instances, channels, size,
+                                        pointer<const float>(weight), pointer<const float>(bias),
+                                        epsilon, slope};
+  const py::gil_scoped_release release;
+  fedcmt::cpu::instance_norm(arguments, num_threads);
+}
+
 void define_cpu(py::module_& m) {
   m.def("gramian_cpu", &gramian_cpu);
   m.def("gramian_row_cpu", &gramian_row_cpu);
@@ -245,6 +249,7 @@ void define_cpu(py::module_& m) {
   m.def("screen_cpu", &screen_cpu);
   m.def("project_conflicts_cpu", &project_conflicts_cpu);
   m.def("logits_to_labels_cpu", &logits_to_labels_cpu);
+  m.def("instance_norm_cpu", &instance_norm_cpu);
   m.def("available_cpu_paths", &fedcmt::cpu::available_paths);
   m.def("cpu_path", &fedcmt::cpu::current_path);
   m.def("set_cpu_path", &fedcmt::cpu::set_path, py::arg("name"));
@@ -255,18 +260,9 @@ void define_cpu(py::module_& m) {
 
 #ifdef FEDCMT_WITH_CUDA
 
-using LaunchTuple = std::tuple<Address, int, Address>;
-
-fedcmt::cuda::Launch launch_of(const LaunchTuple& launch) {
-  const auto [workspace, device, stream] = launch;
-  return {pointer<void>(workspace), device, pointer<void>(stream)};
-}
-
-void check_cuda(int error) {
-  if (error == 0) return;
-  throw std::runtime_error("CUDA error " + std::to_string(error) + ": " +
-                           fedcmt::cuda::error_string(error));
-}
+using fedcmt::bindings::check_cuda;
+using fedcmt::bindings::launch_of;
+using fedcmt::bindings::LaunchTuple;
 
 int64_t gramian_workspace_bytes(const Addresses& updates, int dtype, const Bounds& bounds) {
   const Products products(updates, dtype, bounds);
@@ -368,6 +364,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native operations of fedcmt.ops over raw pointers; call fedcmt.ops instead.";
   define_cpu(m);
   define_cuda(m);
+  fedcmt::bindings::define_patch(m);
 #ifdef FEDCMT_SIMULATED
   m.attr("cuda_is_simulated") = true;
 #else

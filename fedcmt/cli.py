@@ -213,6 +213,8 @@ def compare(options: argparse.Namespace) -> None:
         processes=options.processes,
         score=options.score,
         overrides=options.overrides,
+        reports=options.reports,
+        budget=options.budget,
     )
     print((result.folder / "comparison.md").read_text())
     print(f"{result.folder}: {', '.join(sorted(path.name for path in result.folder.glob('*.*')))}")
@@ -232,7 +234,7 @@ def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
         "--strategies",
         required=True,
         metavar="A,B,...",
-        help="names, or name:key=value:key=value with settings; 'local' is always run",
+        help="names, or name:key=value:config.key=value with settings of strategy and federation; local is always run",
     )
     parser.add_argument("--seeds", type=int, required=True, metavar="N", help="how many test (or tuning) seeds")
     parser.add_argument("--tuning", action="store_true", help="use tuning seeds, which tests never see")
@@ -245,6 +247,10 @@ def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY.PATH=VALUE", dest="overrides", help="override a setting"
+    )
+    parser.add_argument("--budget", type=float, metavar="MINUTES", help="start no further run after these")
+    parser.add_argument(
+        "--reports", action="store_true", help="write each run's report, TensorBoard curves and model folders too"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,22 +10,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedcmt import ops
 from fedcmt.checkpoint import ClientFolder
 from fedcmt.config import ClientConfig, FederationConfig
+from fedcmt.errors import InputError
 from fedcmt.exchange import PARTS, ClientDescription, ClientUpdate, Membership, Outgoing
 from fedcmt.files import read_tensors, write_tensors
 from fedcmt.initial_weights import Matched, start_from
 from fedcmt.layout import FlatLayout, Segment
-from fedcmt.objective import Validation
+from fedcmt.objective import Objective, Validation
 from fedcmt.plans import ClientPlan
 from fedcmt.strategies.client_work import ClientWork
 from fedcmt.strategies.matching import part
 from fedcmt.topology import contract_digest
 from fedcmt.trainer import FitResult, Trainer
 
+_SHARE_STEP = 0.25  # by which a learned share may change in a round
+
 
 class Client:
     """A site with its data, network and best model.
+
+    Attributes:
+        steps: Local steps a round.
+        trainer: Holds its network.
 
     Args:
         config: The client's settings.
@@ -49,22 +58,36 @@ class Client:
             config.joins_at_round, config.leaves_after_round, config.warmup_rounds, config.starting_adaptor
         )
         self._target = config.target or target_of(plan)
-        self._steps = config.local_steps or federation.training.local_steps
+        self.steps = config.local_steps or federation.training.local_steps
         self._work = work or ClientWork()
-        self._trainer = self._new_trainer(config, federation, self._work, device)
+        if self._work.decoder_steps >= self.steps:
+            raise InputError(
+                f"{self._work.decoder_steps} steps of the decoder alone leave none of {self.steps} local steps",
+                client=config.name,
+                field="strategy.decoder_steps",
+                fix="use fewer",
+            )
+        self.trainer = self._new_trainer(config, federation, self._work, device)
         self._personal: Trainer | None = None
         if self._work.personal is not None:
-            self._personal = self._new_trainer(config, federation, ClientWork(proximal=self._work.personal), device)
+            proximal = ClientWork(proximal=self._work.personal)
+            self._personal = self._new_trainer(config, federation, proximal, device, self.trainer.objective)
         self._topology = contract_digest(plan.architecture)
         self._best: Validation | None = None
         self._best_facts: dict[str, Any] = {}
         self._best_model: dict[str, Tensor] | None = None  # of this round, until saved
         self._local: Validation | None = None  # of this round's local training
-        self._goes_on = False  # from its own model instead of the server's
+        self._began: tuple[Tensor, Tensor] | None = None  # encoder and adaptor before it
+        self._own_share = 0.0  # of its own model in the one that it goes on from; the rest is the server's
         self._line: dict[str, Any] = {}
 
     def _new_trainer(
-        self, config: ClientConfig, federation: FederationConfig, work: ClientWork, device: torch.device
+        self,
+        config: ClientConfig,
+        federation: FederationConfig,
+        work: ClientWork,
+        device: torch.device,
+        objective: Objective | None = None,
     ) -> Trainer:
         return Trainer(
             self.plan,
@@ -74,6 +97,8 @@ class Client:
             rounds=federation.rounds,
             device=device,
             work=work,
+            data=federation.data,
+            objective=objective,
         )
 
     def describe(self) -> ClientDescription:
@@ -86,22 +111,22 @@ class Client:
             int(channels),
             len(self.plan.train),
             self._topology,
-            self._trainer.encoder_layout.digest(),
+            self.trainer.encoder_layout.digest(),
             self._target,
-            self._trainer.decoder_layout,
+            self.trainer.decoder_layout,
             self.membership,
         )
 
     @property
     def layouts(self) -> dict[str, FlatLayout]:
         """Of the parts of an update: which parameter stands where."""
-        return {"encoder": self._trainer.encoder_layout, "adaptor": self._trainer.adaptor_layout}
+        return {"encoder": self.trainer.encoder_layout, "adaptor": self.trainer.adaptor_layout}
 
     def start_from(self, weights: Mapping[str, Tensor]) -> Matched:
         """Start the client's own decoder from a checkpoint; encoder and adaptor come from the server."""
         if self._personal is not None:
             start_from(self._personal.network, weights, ["decoder"])
-        return start_from(self._trainer.network, weights, ["decoder"])
+        return start_from(self.trainer.network, weights, ["decoder"])
 
     def fit(
         self, outgoing: Outgoing | None, round_index: int, on_step: Callable[[str, int, int, float], None]
@@ -116,14 +141,36 @@ class Client:
         Returns:
             The update: what local training changed.
         """
-        trainer = self._trainer
+        self.begin(outgoing)
+        fitted = self.trainer.fit(
+            round_index, self.steps, lambda step, loss: on_step(self.name, step, self.steps, loss)
+        )
+        return self.finish(fitted, round_index, outgoing)
+
+    def begin(self, outgoing: Outgoing | None) -> None:
+        """Receive what local training starts from; None for the client's own."""
+        trainer = self.trainer
         if outgoing is not None:
-            if not self._goes_on:
+            if not self._own_share:
                 self._receive(outgoing)
             trainer.receive(outgoing.encoder, outgoing.adaptor)
             trainer.trained = outgoing.trained
-        encoder, adaptor = trainer.encoder.clone(), trainer.adaptor.clone()
-        fitted = trainer.fit(round_index, self._steps, lambda step, loss: on_step(self.name, step, self._steps, loss))
+        self._began = ops.copy_buffer(trainer.encoder), ops.copy_buffer(trainer.adaptor)
+
+    def finish(self, fitted: FitResult, round_index: int, outgoing: Outgoing | None) -> ClientUpdate:
+        """Validate what training made, and train the personal model where there is one.
+
+        Args:
+            fitted: What training reported.
+            round_index: Its round.
+            outgoing: As in :meth:`begin`.
+
+        Returns:
+            The update: what training changed since :meth:`begin`.
+        """
+        trainer = self.trainer
+        assert self._began is not None
+        (encoder, adaptor), self._began = self._began, None
         torch.sub(trainer.encoder, encoder, out=encoder)
         torch.sub(trainer.adaptor, adaptor, out=adaptor)
         for update, layout in ((encoder, trainer.encoder_layout), (adaptor, trainer.adaptor_layout)):
@@ -132,7 +179,7 @@ class Client:
         self._local, seconds = self._validate("local", round_index)
         self._line = self._fit_line(round_index, fitted, encoder) | {
             "local": self._local.as_json(),
-            "seconds": {"train": fitted.seconds, "data_wait": fitted.data_wait, "validate": seconds},
+            "seconds": {**_seconds(fitted), "validate": seconds},
         }
         if outgoing is not None and self._personal is not None:
             self._fit_personal(self._personal, outgoing, round_index)
@@ -146,7 +193,7 @@ class Client:
             "client": self.name,
             "group": self.plan.group,
             "task": self.plan.task,
-            "phase": "warm-up" if self._trainer.trained != PARTS else "training",
+            "phase": "warm-up" if self.trainer.trained != PARTS else "training",
             "validated_on": "training cases" if self.plan.validates_on_training else "held-out cases",
             "num_cases": len(self.plan.train),
             "local_steps": fitted.steps,
@@ -161,11 +208,11 @@ class Client:
             trainer.adaptor.copy_(outgoing.adaptor)
         trainer.receive(outgoing.encoder, outgoing.adaptor)
         trainer.trained = outgoing.trained
-        fitted = trainer.fit(round_index, self._work.personal_steps or self._steps, lambda step, loss: None)
+        fitted = trainer.fit(round_index, self._work.personal_steps or self.steps, lambda step, loss: None)
         personal, seconds = self._validate("personal", round_index)
         self._line |= {"personal": personal.as_json(), "personal_steps": fitted.steps}
-        self._line["seconds"]["train"] += fitted.seconds
-        self._line["seconds"]["validate"] += seconds
+        for activity, spent in {**_seconds(fitted), "validate": seconds}.items():
+            self._line["seconds"][activity] += spent
 
     def evaluate(self, outgoing: Outgoing | None, refused: str | None = None) -> dict[str, Any]:
         """Validate with the server's new parameters and close the round.
@@ -180,7 +227,7 @@ class Client:
         counts = refused is None and self._line["phase"] == "training"
         line = self._line | {"participated": counts} | ({"refused": refused} if refused else {})
         if outgoing is not None:
-            own = self._trainer.encoder.clone(), self._trainer.adaptor.clone()
+            own = self.trainer.encoder.clone(), self.trainer.adaptor.clone()
             self._receive(outgoing)
             aggregated, seconds = self._validate("aggregated", line["round"])
             line["aggregated"] = aggregated.as_json()
@@ -194,36 +241,49 @@ class Client:
     def _adopt(
         self, own: tuple[Tensor, Tensor], aggregated: Validation, round_index: int
     ) -> tuple[Validation, float, float]:
-        """Take the best of the server's model, the client's own and, where asked for, their mean.
+        """Take the best of the server's model, the client's own and, where asked for, means of both.
 
         Returns:
             Its validation, the share of the client's own model in it, and the seconds spent.
         """
         assert self._local is not None
-        trainer, seconds = self._trainer, 0.0
-        server = trainer.encoder.clone(), trainer.adaptor.clone()
-        seen = [(aggregated, 0.0), (self._local, 1.0)]
-        if self._work.adoption == "mixed":
-            self._blend(server, own, 0.5)
-            mixed, seconds = self._validate("mixed", round_index)
-            seen.insert(1, (mixed, 0.5))
-        best = seen[0]
-        for candidate in seen[1:]:
-            if candidate[0].better_than(best[0]):
+        server = self.trainer.encoder.clone(), self.trainer.adaptor.clone()
+        seen, seconds = {0.0: aggregated, 1.0: self._local}, 0.0
+        for share in set(self._shares()) - set(seen):
+            self._blend(server, own, share)
+            seen[share], more = self._validate("mixed", round_index)
+            seconds += more
+        candidates = [(share, seen[share]) for share in self._shares()]
+        best = candidates[0]
+        for candidate in candidates[1:]:
+            if self._prefers(candidate[1], best[1]):
                 best = candidate
-        self._blend(server, own, best[1])
-        self._goes_on = best[1] > 0
-        return *best, seconds
+        self._own_share = best[0]
+        self._blend(server, own, self._own_share)
+        return best[1], self._own_share, seconds
+
+    def _shares(self) -> tuple[float, ...]:
+        """Shares of its own model that a client may take, the server's model first."""
+        if self._work.adoption != "learned":
+            return (0.0, 0.5, 1.0) if self._work.adoption == "mixed" else (0.0, 1.0)
+        steps = (self._own_share + step for step in (-_SHARE_STEP, 0.0, _SHARE_STEP))
+        return tuple(share for share in steps if 0 <= share <= 1)
+
+    def _prefers(self, one: Validation, other: Validation) -> bool:
+        if self._work.adoption != "learned":
+            return one.better_than(other)
+        # Scores of a few cases jump; the loss tells neighbouring shares apart.
+        return one.loss < other.loss or math.isfinite(one.loss) > math.isfinite(other.loss)
 
     def _blend(self, server: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], share: float) -> None:
-        for flat, theirs, mine in zip((self._trainer.encoder, self._trainer.adaptor), server, own, strict=True):
+        for flat, theirs, mine in zip((self.trainer.encoder, self.trainer.adaptor), server, own, strict=True):
             torch.lerp(theirs, mine, share, out=flat)
 
     def _local_segments(self, layout: FlatLayout) -> list[Segment]:
         return [s for s in layout.segments if any(mark in s.name for mark in self._work.stays_local)]
 
     def _receive(self, outgoing: Outgoing) -> None:
-        trainer = self._trainer
+        trainer = self.trainer
         for flat, layout, value in (
             (trainer.encoder, trainer.encoder_layout, outgoing.encoder),
             (trainer.adaptor, trainer.adaptor_layout, outgoing.adaptor),
@@ -237,7 +297,7 @@ class Client:
 
     def _validate(self, stage: str, round_index: int) -> tuple[Validation, float]:
         started = time.perf_counter()
-        trainer = self._trainer if stage != "personal" or self._personal is None else self._personal
+        trainer = self.trainer if stage != "personal" or self._personal is None else self._personal
         result = trainer.validate()
         # A client with a personal model uses no other.
         if trainer is self._final and result.better_than(self._best):
@@ -249,19 +309,19 @@ class Client:
     @property
     def _final(self) -> Trainer:
         """Holds the model that the client uses."""
-        return self._personal or self._trainer
+        return self._personal or self.trainer
 
     def save(self, round_index: int) -> None:
         """Write what resuming needs, then the models. Not committed until the server's state is written."""
         facts = {"client": self.name, "round": round_index, "topology": self._topology}
         best = None if self._best is None else self._best.as_json()
-        state = self._trainer.state()
+        state = self.trainer.state()
         if self._personal is not None:
             state |= {f"personal.{name}": tensor for name, tensor in self._personal.state().items()}
         write_tensors(
             self._folder.state(round_index),
             state,
-            facts | {"best": best, "best_facts": self._best_facts, "goes_on": self._goes_on},
+            facts | {"best": best, "best_facts": self._best_facts, "own_share": self._own_share},
         )
         if not self.membership.takes_part(round_index):
             return  # it has left; its models are written
@@ -284,9 +344,13 @@ class Client:
         if self._personal is not None:
             personal = {k.removeprefix("personal."): t for k, t in tensors.items() if k.startswith("personal.")}
             self._personal.restore(personal, source=path)
-        self._trainer.restore({k: t for k, t in tensors.items() if not k.startswith("personal.")}, source=path)
+        self.trainer.restore({k: t for k, t in tensors.items() if not k.startswith("personal.")}, source=path)
         self._best = None if facts["best"] is None else Validation.from_json(facts["best"])
-        self._best_facts, self._goes_on = facts["best_facts"], facts["goes_on"]
+        self._best_facts, self._own_share = facts["best_facts"], facts["own_share"]
+
+
+def _seconds(fitted: FitResult) -> dict[str, float]:
+    return {"train": fitted.seconds, "data_wait": fitted.data_wait, "data_work": fitted.data_work}
 
 
 def target_of(plan: ClientPlan) -> str:

@@ -19,6 +19,7 @@ from fedcmt.files import read_json
 ScoreKind = Literal["test", "final"]
 # The model that a client ends with, by what it has: its personal one, the one it chose, the server's, its own.
 _STAGES = ("personal", "adopted", "aggregated", "local")
+UPPER = "joint"  # the upper reference
 _COLUMNS = ("strategy", "seed", "client", "metric", "test", "final", "local_steps", "personal_steps", "score_kind")
 
 
@@ -142,12 +143,40 @@ def difference(
 
     Clients of one run are not independent, so a run is one pair, whatever number of clients it has.
     """
+    return Difference.of(list(_by_seed(rows, label, reference, kind, client).values()))
+
+
+def share_of_headroom(rows: Sequence[Row], label: str, reference: str, upper: str, kind: ScoreKind) -> Difference:
+    """(label - reference) / (upper - reference) of the means over seeds and clients, with Fieller's 95 % interval.
+
+    The interval is NaN where the upper one is not clearly ahead of the reference: there is no headroom to share then.
+    """
+    gains, heads = _by_seed(rows, label, reference, kind), _by_seed(rows, upper, reference, kind)
+    seeds = sorted(set(gains) & set(heads))
+    x, y = np.asarray([gains[s] for s in seeds]), np.asarray([heads[s] for s in seeds])
+    if len(seeds) == 0 or y.mean() <= 0:
+        return Difference(math.nan, math.nan, math.nan, len(seeds))
+    ratio = float(x.mean() / y.mean())
+    if len(seeds) == 1:
+        return Difference(ratio, math.nan, math.nan, 1)
+    spread = np.cov(x, y) * stats.t.ppf(0.975, len(seeds) - 1) ** 2 / len(seeds)
+    a, b, c = y.mean() ** 2 - spread[1, 1], x.mean() * y.mean() - spread[0, 1], x.mean() ** 2 - spread[0, 0]
+    if a <= 0:
+        return Difference(ratio, math.nan, math.nan, len(seeds))
+    half = math.sqrt(max(b * b - a * c, 0.0))
+    return Difference(ratio, float((b - half) / a), float((b + half) / a), len(seeds))
+
+
+def _by_seed(
+    rows: Sequence[Row], label: str, reference: str, kind: ScoreKind, client: str | None = None
+) -> dict[int, float]:
+    """Seed -> label minus reference, of one client or of the mean over clients."""
     own, other = _scores(rows, label, kind), _scores(rows, reference, kind)
     per_seed: dict[int, list[float]] = {}
     for (seed, name), score in own.items():
         if (seed, name) in other and client in (None, name) and not math.isnan(score - other[seed, name]):
             per_seed.setdefault(seed, []).append(score - other[seed, name])
-    return Difference.of([float(np.mean(values)) for values in per_seed.values()])
+    return {seed: float(np.mean(values)) for seed, values in per_seed.items()}
 
 
 def as_csv(rows: Iterable[Row]) -> str:
@@ -180,10 +209,8 @@ def as_markdown(rows: Sequence[Row], reference: str, kind: ScoreKind, *, tuning:
         "over clients of a run is one pair. `worse` counts clients whose mean is below theirs alone, `significantly`",
         "those whose interval is. No correction for the number of comparisons.",
         "",
-        f"| strategy | score | difference to {reference} | worse | significantly | steps a client |",
-        "|---|---|---|---|---|---|",
+        *summary_table(rows, labels, reference, kind),
     ]
-    lines += [_summary_row(rows, label, reference, kind, clients) for label in labels]
     lines += ["", "## Per client", "", f"| strategy | {' | '.join(clients)} |", "|---" * (len(clients) + 1) + "|"]
     for label in others:
         cells = [difference(rows, label, reference, kind, client).text for client in clients]
@@ -196,17 +223,41 @@ def as_markdown(rows: Sequence[Row], reference: str, kind: ScoreKind, *, tuning:
     return "\n".join(lines) + "\n"
 
 
-def _summary_row(rows: Sequence[Row], label: str, reference: str, kind: ScoreKind, clients: Sequence[str]) -> str:
-    own = [row for row in rows if row.strategy == label]
-    scores = [row.score(kind) for row in own if not math.isnan(row.score(kind))]
-    score = f"{np.mean(scores):.3f}" if scores else "–"
-    steps = f"{np.mean([row.local_steps for row in own]):.0f}"
+def summary_table(rows: Sequence[Row], labels: Sequence[str], reference: str, kind: ScoreKind) -> list[str]:
+    """Score, difference to the reference, clients worse off and steps of each strategy, as lines of markdown.
+
+    Where the upper reference is among the strategies, also what share of its lead each one reaches.
+    """
+    clients = clients_of(rows)
+    share = f" share of {UPPER}'s lead |" if UPPER in labels else ""
+    lines = [f"| strategy | score | difference to {reference} |{share} worse | significantly | steps a client |"]
+    lines += ["|---" * lines[0].count(" |") + "|"]
+    for label in labels:
+        own = [row for row in rows if row.strategy == label]
+        scores = [row.score(kind) for row in own if not math.isnan(row.score(kind))]
+        cells = [label, f"{np.mean(scores):.3f}" if scores else "–"]
+        if label == reference:
+            cells += [""] * (4 if share else 3)
+        else:
+            per_client = [difference(rows, label, reference, kind, client) for client in clients]
+            cells.append(difference(rows, label, reference, kind).text)
+            if share:
+                cells.append("" if label == UPPER else percent(share_of_headroom(rows, label, reference, UPPER, kind)))
+            cells += [f"{sum(d.mean < 0 for d in per_client)} of {len(clients)}"]
+            cells += [f"{sum(d.high < 0 for d in per_client)}"]
+        lines.append(f"| {' | '.join([*cells, steps(own)])} |")
+    return lines
+
+
+def steps(own: Sequence[Row]) -> str:
+    """Local steps of a client over all rounds, and those of its personal model."""
     personal = np.mean([row.personal_steps for row in own])
-    steps += f" + {personal:.0f} personal" if personal else ""
-    if label == reference:
-        return f"| {label} | {score} | | | | {steps} |"
-    per_client = [difference(rows, label, reference, kind, client) for client in clients]
-    worse = sum(d.mean < 0 for d in per_client)
-    significantly = sum(d.high < 0 for d in per_client)
-    text = difference(rows, label, reference, kind).text
-    return f"| {label} | {score} | {text} | {worse} of {len(clients)} | {significantly} | {steps} |"
+    return f"{np.mean([row.local_steps for row in own]):.0f}" + (f" + {personal:.0f} personal" if personal else "")
+
+
+def percent(share: Difference) -> str:
+    """A share as in the table."""
+    if math.isnan(share.mean):
+        return "–"
+    interval = "" if math.isnan(share.low) else f" [{share.low:.0%}, {share.high:.0%}]"
+    return f"{share.mean:.0%}{interval}"

@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -103,6 +104,15 @@ class TrainingConfig(Settings):
     deep_supervision: bool = True
     oversample_foreground: float = Field(0.33, ge=0, le=1)
     validation_batches: Count = Field(8, description="patches for the score after each round, the same every round")
+
+
+class DataConfig(Settings):
+    """How training and validation patches are made; none of it but the backend changes a voxel."""
+
+    backend: Literal["auto", "dali", "torch"] = Field("auto", description="auto: torch on CPUs, DALI on GPUs")
+    threads: Width | None = Field(None, description="that make patches; default 1 on CPUs, 4 on GPUs")
+    ahead: int = Field(2, ge=1, le=64, description="batches made before they are needed; bounds the memory")
+    timeout: float = Field(120.0, gt=0, description="seconds after which reading a batch counts as hanging")
 
 
 class InferenceConfig(Settings):
@@ -222,6 +232,7 @@ class FederationConfig(Settings):
     strategy: StrategyConfig = StrategyConfig()
     topology: TopologyConfig = TopologyConfig()
     training: TrainingConfig = TrainingConfig()
+    data: DataConfig = DataConfig()
     inference: InferenceConfig = InferenceConfig()
     nvflare: NvflareConfig = NvflareConfig()
 
@@ -330,6 +341,7 @@ def _fields_at(model: type[BaseModel], location: Sequence[str | int]) -> list[st
         "clients": ClientConfig,
         "topology": TopologyConfig,
         "training": TrainingConfig,
+        "data": DataConfig,
         "inference": InferenceConfig,
         "nvflare": NvflareConfig,
     }
@@ -349,14 +361,14 @@ def load_config(
     Args:
         source: YAML file, mapping or finished config.
         overrides: ``key.path=value`` each, the value in YAML; a list entry is named by its number or, for clients, by
-            its name: ``clients.ct_a.local_steps=10``.
+            its name: ``clients.ct_a.local_steps=10``; ``clients.*`` means every client.
 
     Raises:
         InputError: The file cannot be read or a setting is wrong.
     """
     if isinstance(source, FederationConfig):
         source = source.model_dump(mode="json", exclude_unset=True)
-    data = dict(source) if isinstance(source, Mapping) else _read_yaml(Path(source))
+    data = deepcopy(dict(source)) if isinstance(source, Mapping) else _read_yaml(Path(source))
     for override in overrides:
         _apply_override(data, override)
     return validated(FederationConfig, data)
@@ -388,6 +400,10 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     except yaml.YAMLError:
         raise InputError(f"the value of '{override}' is no valid YAML", field="--set") from None
     node: Any = data
+    if path.startswith(_EVERY_CLIENT) and isinstance(data.get("clients"), list):
+        for index in range(len(data["clients"])):
+            _apply_override(data, override.replace("*", str(index), 1))
+        return
     *parents, last = path.split(".")
     for key in parents:
         node = _step_into(node, key, override)
@@ -395,6 +411,9 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         node[_list_index(node, last, override)] = value
     else:
         node[last] = value
+
+
+_EVERY_CLIENT = "clients.*."
 
 
 def _step_into(node: Any, key: str, override: str) -> Any:

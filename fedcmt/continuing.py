@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from fedcmt.checkpoint import Workspace
 from fedcmt.config import FederationConfig, load_config
+from fedcmt.data.backend import BackendChoice, resolve_backend
 from fedcmt.errors import InputError
 
 # A workspace goes on only with the settings it was made with; these change no result of the rounds already done.
@@ -22,6 +25,7 @@ _FREE_TO_CHANGE = {
     "preprocessing_workers",
     "quarantine_ratio",
     "nvflare",
+    "data",  # but not its backend, see patch_backend
 }
 
 
@@ -57,6 +61,26 @@ def check_same_federation(workspace: Workspace, config: FederationConfig, commit
             field=changed[0],
             fix="use the same settings, another workspace, or --fresh to start over",
         )
+
+
+def patch_backend(config: FederationConfig, device: torch.device, workspace: Workspace | None) -> BackendChoice:
+    """The backend of a federation's patches: chosen once, kept in the workspace, since noise differs between them.
+
+    Raises:
+        InputError: The workspace was made with another one.
+    """
+    kept = "auto"
+    if workspace is not None and workspace.config.is_file():
+        kept = load_config(workspace.config).data.backend
+    wanted = config.data.backend
+    if kept != "auto" and wanted not in ("auto", kept):
+        raise InputError(
+            f"{workspace and workspace.path} was made with backend {kept}, found {wanted}",
+            field="data.backend",
+            fix=f"use {kept} or auto, another workspace, or --fresh to start over",
+        )
+    choice = resolve_backend(wanted if kept == "auto" else kept, device)
+    return choice if kept == "auto" else BackendChoice(choice.name, "as this federation began")
 
 
 def _same_until(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]], round_index: int) -> bool:

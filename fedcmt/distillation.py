@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedcmt.data.torch_pipeline import Batch
 from fedcmt.objective import Objective
 from fedcmt.strategies.client_work import DistillationSettings
 
@@ -39,7 +40,7 @@ class Teacher:
             for own, value in zip(_values(self.network), _values(network), strict=True):
                 own.copy_(value)
 
-    def term(self, objective: Objective, student: Any, student_loss: Tensor, batch: dict[str, Any]) -> Tensor:
+    def term(self, objective: Objective, student: Any, student_loss: Tensor, batch: Batch) -> Tensor:
         """The term for one batch.
 
         Args:

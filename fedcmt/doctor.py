@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from fedcmt import __version__, ops
+from fedcmt.data.backend import dali_missing
 
 TRAINER_FOLDER = Path(__file__).parent / "nnunet_ext"
 _PACKAGES = ("torch", "torchvision", "nnunetv2", "numpy", "SimpleITK", "nibabel", "safetensors", "tensorboard")
@@ -27,6 +28,8 @@ def examination() -> Iterator[str]:
             yield f"  {package} MISSING: pip install {package}"
     yield from _extension()
     yield from _hardware()
+    missing = dali_missing()
+    yield "patches: torch on CPUs, DALI on GPUs" if missing is None else f"patches: torch, on GPUs too ({missing})"
     for which in ("raw", "preprocessed"):
         folder = os.environ.get(f"nnUNet_{which}")
         yield f"nnUNet_{which}: " + (folder or "not set; give it in the config")

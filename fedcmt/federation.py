@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,21 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedcmt import strategies
-from fedcmt.checkpoint import Workspace, results_of
+from fedcmt import joint, strategies
+from fedcmt.checkpoint import Workspace, export_nnunet_model, results_of
 from fedcmt.client import Client
 from fedcmt.config import FederationConfig, dump_config, load_config
-from fedcmt.continuing import check_same_federation, first_rounds
+from fedcmt.continuing import check_same_federation, first_rounds, patch_backend
 from fedcmt.curves import Curves
 from fedcmt.device import choose_device
 from fedcmt.display import Display, open_display
 from fedcmt.errors import InputError
+from fedcmt.exchange import ClientUpdate
 from fedcmt.files import read_json, write_json, write_text
 from fedcmt.initial_weights import read_weights, report_matches
 from fedcmt.plans import ClientPlan
 from fedcmt.preparation import load_datasets, prepare, write_client_description
 from fedcmt.report import write_report
-from fedcmt.scoring import score_and_export
+from fedcmt.scoring import score_client
 from fedcmt.server import Server
 
 
@@ -39,13 +41,14 @@ class FederationResult:
 
 
 def run_federation(
-    config: FederationConfig | Mapping[str, Any] | Path | str, *, fresh: bool = False
+    config: FederationConfig | Mapping[str, Any] | Path | str, *, fresh: bool = False, scores_only: bool = False
 ) -> FederationResult:
     """Run a federation in this process, or go on with one that was interrupted.
 
     Args:
         config: A config, a mapping of its settings, or a YAML file.
         fresh: Start over instead of resuming.
+        scores_only: Leave out the report page, the curves for TensorBoard and the nnU-Net model folders.
 
     Raises:
         InputError: A mistake in the config or the data; nothing was written then.
@@ -55,17 +58,22 @@ def run_federation(
         torch.set_num_threads(config.threads)
     strategy = strategies.create(config.strategy)
     strategy.check([client.name for client in config.clients])
+    if strategy.pooled:
+        joint.check_clients(config.clients)
     device = choose_device(config.device)
     workspace = Workspace(config.workspace_folder())
     datasets = load_datasets(config)
     if not fresh:
         check_same_federation(workspace, config)
+    backend = patch_backend(config, device, None if fresh else workspace)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"backend": backend.name})})
     with ExitStack() as stack:
         names = [client.name for client in config.clients]
         first = 1 if fresh else max(workspace.committed_rounds(first_rounds(config)), default=0) + 1
         weights = _initial_weights(config, first)
         display: Display = open_display(config.rounds, names, first_round=first)
         stack.enter_context(display)
+        display.note(f"patches: {backend.name} backend, {backend.reason}")
         contract, plans = prepare(config, datasets, display.note, None if fresh else workspace)
         stack.enter_context(workspace.locked())
         work = strategy.client_work
@@ -80,7 +88,10 @@ def run_federation(
             backend=config.backend,
             quarantine_ratio=config.quarantine_ratio,
             initial_weights=weights.get(config.initial_weights) if first == 1 else None,
+            one_process=True,
         )
+        if server.pooled:
+            joint.pool(clients)
         _start(config, weights, first, server, clients, display)
         if fresh:
             workspace.clear()
@@ -89,13 +100,16 @@ def run_federation(
         for name, plan in plans.items():
             write_client_description(workspace.client(name), plan)
         lines = _resume(workspace, server, clients, display)
-        curves = stack.enter_context(Curves(workspace.tensorboard, server.round_index))
+        curves = None if scores_only else stack.enter_context(Curves(workspace.tensorboard, server.round_index))
         for round_index in range(server.round_index + 1, config.rounds + 1):
             new = run_round(server, clients, round_index, display)
             lines += new
             commit(workspace, server, clients, lines)
-            curves.add(new)
-        results = _finish(workspace, config, plans, display)
+            if curves is not None:
+                curves.add(new)
+        results = _score(workspace, config, plans, display)
+        if not scores_only:
+            _present(workspace, display)
     return FederationResult(workspace.path, config.rounds, results)
 
 
@@ -108,8 +122,8 @@ def run_round(server: Server, clients: Sequence[Client], round_index: int, displ
     clients = [client for client in clients if client.membership.takes_part(round_index)]
     display.round_started(round_index, [client.name for client in clients])
     server.begin(round_index)
-    for client in clients:
-        server.accept(client.fit(server.outgoing(client.name), round_index, display.step))
+    for update in _updates(server, clients, round_index, display):
+        server.accept(update)
     server_line = server.finish()
     lines = []
     for client in clients:
@@ -117,6 +131,16 @@ def run_round(server: Server, clients: Sequence[Client], round_index: int, displ
         display.client_finished(lines[-1])
     display.round_finished(server_line)
     return [*lines, server_line]
+
+
+def _updates(server: Server, clients: Sequence[Client], round_index: int, display: Display) -> Iterator[ClientUpdate]:
+    """Local training of one client after the other, or of all as one."""
+    if server.pooled:
+        received = {client.name: server.outgoing(client.name) for client in clients}
+        yield from joint.fit(clients, received, round_index, display.step)
+        return
+    for client in clients:
+        yield client.fit(server.outgoing(client.name), round_index, display.step)
 
 
 def commit(workspace: Workspace, server: Server, clients: Sequence[Client], lines: Sequence[Mapping[str, Any]]) -> None:
@@ -191,21 +215,29 @@ def _resume(workspace: Workspace, server: Server, clients: Sequence[Client], dis
     return []
 
 
-def _finish(
+def _score(
     workspace: Workspace, config: FederationConfig, plans: Mapping[str, ClientPlan], display: Display
 ) -> dict[str, Any]:
-    """Predict, score, export and report, unless that was done after these rounds."""
+    """Predict and score, unless that was done after these rounds."""
     if workspace.results.is_file() and (done := read_json(workspace.results))["rounds"] == config.rounds:
-        write_report(workspace.path)
         return done
     entries = []
     for name, plan in plans.items():
+        shutil.rmtree(workspace.client(name).model, ignore_errors=True)  # of earlier rounds
         if not workspace.client(name).best.is_file():
             display.note(f"{name}: joins after these rounds and has no model")
             continue
         display.note(f"{name}: predicting with its best model")
-        entries.append(score_and_export(workspace, name, plan, config.inference, config.device))
+        entries.append(score_client(workspace, name, plan, config.inference, config.device))
     results = results_of(config, entries)
     write_json(workspace.results, results)
-    display.note(f"report: {write_report(workspace.path)}")
     return results
+
+
+def _present(workspace: Workspace, display: Display) -> None:
+    """Export the best models and write the report."""
+    for entry in read_json(workspace.results)["clients"]:
+        folder = workspace.client(entry["client"])
+        if not folder.model.is_dir():
+            export_nnunet_model(folder, folder.model)
+    display.note(f"report: {write_report(workspace.path)}")

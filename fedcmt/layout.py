@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fedcmt.ops import empty_buffer
+
 _ALIGNMENT = 16  # elements; 64 bytes, so that every view can be loaded with the widest vector instruction
 
 
@@ -88,7 +90,7 @@ class FlatLayout:
         """
         if set(parameters) != {segment.name for segment in self.segments}:
             raise ValueError(f"parameters {sorted(parameters)} do not match the layout")
-        flat = torch.zeros(self.size, dtype=torch.float32, device=device)
+        flat = empty_buffer(self.size, device=device).zero_()
         for segment in self.segments:
             parameter = parameters[segment.name]
             view = segment.view(flat)

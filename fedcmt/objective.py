@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
-from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.loss.dice import get_tp_fp_fn_tn
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid as log_sigmoid
 
-from fedcmt.config import TrainingConfig
-from fedcmt.data.nnunet_loader import NnunetRules, next_batch
+from fedcmt.config import DataConfig, TrainingConfig
+from fedcmt.data.nnunet_rules import NnunetRules
+from fedcmt.data.patches import Patches
+from fedcmt.data.readahead import ReadAhead
+from fedcmt.data.torch_pipeline import Batch, PatchSource
 from fedcmt.metrics import classification_scores
 from fedcmt.plans import ClientPlan
 from fedcmt.topology import TopologyContract
@@ -52,28 +56,45 @@ class Validation:
 class Objective(Protocol):
     """A task's batches, loss and validation."""
 
-    def next_batch(self) -> dict[str, Any]:
-        """The next training batch, drawn from the global generators."""
-
     smallest_loss: float  # no output has a smaller one
 
-    def outputs(self, network: nn.Module, batch: dict[str, Any]) -> Any:
+    def batches(self, round_index: int, steps: int) -> AbstractContextManager[ReadAhead[Batch]]:
+        """A round's training batches."""
+
+    def outputs(self, network: nn.Module, batch: Batch) -> Any:
         """What the network says to a batch; one call of the network."""
 
-    def loss(self, outputs: Any, batch: dict[str, Any]) -> Tensor:
+    def loss(self, outputs: Any, batch: Batch) -> Tensor:
         """Training loss of what the network said to a batch."""
 
     def divergence(self, student: Any, teacher: Any, temperature: float) -> Tensor:
         """KL(student || teacher) of softened predictions, averaged over cases or voxels."""
 
     def validate(self, network: nn.Module) -> Validation:
-        """Score a network on the validation cases; uses the global generators."""
+        """Score a network on the validation cases; the same patches every time."""
 
 
-def make_objective(plan: ClientPlan, training: TrainingConfig, device: torch.device) -> Objective:
-    """The objective of a client's task."""
+def make_objective(
+    plan: ClientPlan, training: TrainingConfig, device: torch.device, *, client: str, seed: int, data: DataConfig
+) -> Objective:
+    """The objective of a client's task.
+
+    Args:
+        plan: The client's.
+        training: Local training.
+        device: Where the network is.
+        client: Its name.
+        seed: The federation's.
+        data: How patches are made.
+    """
     kind = ClassificationObjective if plan.task == "classification" else SegmentationObjective
-    return kind(plan, training, device)
+    return kind(plan, training, device, partial(Patches, settings=data, seed=seed, device=device), client)
+
+
+class PatchesOf(Protocol):
+    """Opens the patches of a source for a purpose."""
+
+    def __call__(self, source: PatchSource, *, purpose: str) -> Patches: ...
 
 
 class SegmentationObjective:
@@ -81,28 +102,33 @@ class SegmentationObjective:
 
     smallest_loss = -1.0  # cross-entropy 0, and nnU-Net's Dice loss is minus Dice
 
-    def __init__(self, plan: ClientPlan, training: TrainingConfig, device: torch.device) -> None:
+    def __init__(
+        self, plan: ClientPlan, training: TrainingConfig, device: torch.device, patches: PatchesOf, client: str
+    ) -> None:
         rules = NnunetRules(plan, deep_supervision=training.deep_supervision)
-        folder, share = str(plan.folder), training.oversample_foreground
-        self._training = rules.training_loader(folder, plan.train, share)
-        self._validation = rules.validation_loader(folder, plan.validation, share)
+        share, targets = training.oversample_foreground, rules.targets()
+        augmented, plain = (rules.patches(share, augment=augment) for augment in (True, False))
+        self._training = patches(PatchSource(client, plan.folder, plan.train, augmented, targets), purpose="training")
+        self._validation = patches(
+            PatchSource(client, plan.folder, plan.validation, plain, targets), purpose="validation"
+        )
         self._loss = rules.loss()
         self._labels = rules.label_manager
         self._batches = training.validation_batches
         self._device = device
         self._names = [name for name in plan.dataset.labels if name not in ("background", "ignore")]
 
-    def next_batch(self) -> dict[str, Any]:
-        """The next augmented batch."""
-        return next_batch(self._training)
+    def batches(self, round_index: int, steps: int) -> AbstractContextManager[ReadAhead[Batch]]:
+        """Augmented patches."""
+        return self._training.batches(round_index, steps)
 
-    def outputs(self, network: nn.Module, batch: dict[str, Any]) -> Any:
+    def outputs(self, network: nn.Module, batch: Batch) -> Any:
         """Logits; with deep supervision a list, finest first."""
-        return network(_on(batch["data"], self._device))
+        return network(_on(batch.data, self._device))
 
-    def loss(self, outputs: Any, batch: dict[str, Any]) -> Tensor:
+    def loss(self, outputs: Any, batch: Batch) -> Tensor:
         """Loss over all outputs of the network."""
-        return self._loss(outputs, _on(batch["target"], self._device))
+        return self._loss(outputs, _on(batch.target, self._device))
 
     def divergence(self, student: Any, teacher: Any, temperature: float) -> Tensor:
         """Of the finest outputs, summed over labels; over regions each is a distribution of its own."""
@@ -116,12 +142,12 @@ class SegmentationObjective:
     def validate(self, network: nn.Module) -> Validation:
         """Dice a class over the pooled validation patches, averaged over the classes that occur."""
         counts, losses = [], []
-        for _ in range(self._batches):
-            batch = next_batch(self._validation)
-            output, target = network(_on(batch["data"], self._device)), _on(batch["target"], self._device)
-            losses.append(float(self._loss(output, target)))
-            finest = (output[0], target[0]) if isinstance(output, list) else (output, target)
-            counts.append(self._hard_counts(*finest))
+        with self._validation.batches(0, self._batches) as batches:
+            for batch in batches:
+                output, target = network(_on(batch.data, self._device)), _on(batch.target, self._device)
+                losses.append(float(self._loss(output, target)))
+                finest = (output[0], target[0]) if isinstance(output, list) else (output, target)
+                counts.append(self._hard_counts(*finest))
         tp, fp, fn = np.sum(counts, axis=0)
         # A class that neither the truth nor the prediction holds has no score.
         present = 2 * tp + fp + fn
@@ -154,27 +180,31 @@ class ClassificationObjective:
 
     smallest_loss = 0.0
 
-    def __init__(self, plan: ClientPlan, training: TrainingConfig, device: torch.device) -> None:
+    def __init__(
+        self, plan: ClientPlan, training: TrainingConfig, device: torch.device, patches: PatchesOf, client: str
+    ) -> None:
         rules = NnunetRules(plan, deep_supervision=False)
-        self._loader = rules.training_loader(str(plan.folder), plan.train, training.oversample_foreground)
-        self._cases = nnUNetDatasetBlosc2(str(plan.folder), list(plan.validation))
+        augmented = rules.patches(training.oversample_foreground, augment=True)
+        source = PatchSource(client, plan.folder, plan.train, augmented, rules.targets())
+        self._patches = patches(source, purpose="training")
+        self._reader, self._validation = self._patches.reader(), plan.validation
         self._patch_size = plan.configuration.patch_size
         self._divisor = TopologyContract(plan.architecture["arch_kwargs"]).divisor
         self._truth = plan.dataset.case_class
         self._classes = plan.dataset.class_names or ()
         self._device = device
 
-    def next_batch(self) -> dict[str, Any]:
-        """The next augmented batch of whole cases."""
-        return next_batch(self._loader)
+    def batches(self, round_index: int, steps: int) -> AbstractContextManager[ReadAhead[Batch]]:
+        """Augmented whole cases."""
+        return self._patches.batches(round_index, steps)
 
-    def outputs(self, network: nn.Module, batch: dict[str, Any]) -> Any:
+    def outputs(self, network: nn.Module, batch: Batch) -> Any:
         """Class scores `[B, K]`."""
-        return network(_on(batch["data"], self._device))
+        return network(_on(batch.data, self._device))
 
-    def loss(self, outputs: Any, batch: dict[str, Any]) -> Tensor:
+    def loss(self, outputs: Any, batch: Batch) -> Tensor:
         """Cross-entropy of the cases' classes."""
-        truth = torch.tensor([self._truth[case] for case in batch["keys"]], device=self._device)
+        truth = torch.tensor([self._truth[case] for case in batch.cases], device=self._device)
         return nn.functional.cross_entropy(outputs.float(), truth)
 
     def divergence(self, student: Any, teacher: Any, temperature: float) -> Tensor:
@@ -184,10 +214,10 @@ class ClassificationObjective:
     def validate(self, network: nn.Module) -> Validation:
         """Balanced accuracy over the validation cases."""
         scores = []
-        for case in self._cases.identifiers:
-            image = torch.from_numpy(self._cases.load_case(case)[0][:])
+        for case in self._validation:
+            image = torch.from_numpy(self._reader.whole(case))
             scores.append(network(_on(whole_case(image, self._patch_size, self._divisor), self._device))[0].float())
-        truth = [self._truth[case] for case in self._cases.identifiers]
+        truth = [self._truth[case] for case in self._validation]
         logits = torch.stack(scores)
         loss = float(nn.functional.cross_entropy(logits, torch.tensor(truth, device=self._device)))
         probabilities = logits.softmax(1).cpu().numpy()

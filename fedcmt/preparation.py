@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from fedcmt.checkpoint import ClientFolder, Workspace
 from fedcmt.config import ClientConfig, FederationConfig
-from fedcmt.data.nnunet_loader import NnunetRules
+from fedcmt.data.nnunet_rules import NnunetRules
 from fedcmt.dataset import RawDataset, load_dataset
 from fedcmt.errors import Problems
 from fedcmt.files import write_json

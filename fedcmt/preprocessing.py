@@ -21,6 +21,7 @@ from nnunetv2.experiment_planning.dataset_fingerprint import fingerprint_extract
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+from nnunetv2.utilities import utils
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from scipy import ndimage
@@ -30,6 +31,8 @@ from fedcmt.errors import InputError, Problems
 from fedcmt.files import read_json, write_json
 from fedcmt.network import CONFIGURATION, SLICES, configuration_name
 from fedcmt.volume import read_volume, write_segmentation
+
+_DRAWS_PER_VOXEL = 100
 
 
 def preprocessed_plan(
@@ -88,8 +91,9 @@ def preprocessed_plan(
         redirect_stdout(log),
         redirect_stderr(log),
         _nnunet_folders(raw, preprocessed),
+        _threads_for_processes(),
     ):
-        plans, dataset_json = _run_nnunet(dataset, folder, spacing, slices, client, workers)
+        plans, dataset_json = _run_nnunet(dataset, folder, spacing, slices, client, workers, images.voxels)
     if task == "segmentation":
         _copy_truth(dataset, target / "gt_segmentations")
     write_json(record, {"inputs": inputs, **findings, "plans": plans, "dataset_json": dataset_json})
@@ -126,12 +130,16 @@ def _run_nnunet(
     slices: bool,
     client: str | None,
     workers: int,
+    voxels: int,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     extractor = DatasetFingerprintExtractor(dataset.name, num_processes=min(workers, len(dataset.train)))
     extractor.show_progress_bar = False
+    # nnU-Net draws 1e8 intensities however small the cases are; more draws than this change no digit that counts.
+    extractor.num_foreground_voxels_for_intensitystats = min(
+        extractor.num_foreground_voxels_for_intensitystats, _DRAWS_PER_VOXEL * voxels
+    )
     try:
-        with _threads_for_processes():
-            extractor.run(overwrite_existing=True)
+        extractor.run(overwrite_existing=True)
     except IndexError as error:  # nnU-Net's intensity statistics over no voxels at all
         raise InputError(
             f"no training case of {dataset.name} has a foreground voxel",
@@ -202,17 +210,18 @@ def _preprocess_cases(
 
 @contextmanager
 def _threads_for_processes() -> Iterator[None]:
-    """Let the fingerprint extractor's pool be one of threads.
+    """Let nnU-Net's pools be of threads.
 
-    Its spawned processes import torch anew, which takes longer than most datasets' fingerprint; and they cannot start
-    at all from a script without a main guard.
+    The fingerprint extractor's spawned processes import torch anew, which takes longer than most datasets' fingerprint;
+    and they cannot start at all from a script without a main guard. Listing files forks twelve processes each time.
     """
-    module = fingerprint_extractor.multiprocessing
+    module, pool = fingerprint_extractor.multiprocessing, utils.Pool
     fingerprint_extractor.multiprocessing = SimpleNamespace(get_context=lambda _: SimpleNamespace(Pool=ThreadPool))
+    utils.Pool = ThreadPool
     try:
         yield
     finally:
-        fingerprint_extractor.multiprocessing = module
+        fingerprint_extractor.multiprocessing, utils.Pool = module, pool
 
 
 @contextmanager

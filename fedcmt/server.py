@@ -37,9 +37,10 @@ class Server:
         quarantine_ratio: Updates larger by this factor than the median of the others' are not used; None for no limit.
         device: Where the shared parameters live.
         backend: Of :mod:`fedcmt.ops`.
+        one_process: All clients stand in this process, so that strategies may pool their data.
 
     Raises:
-        InputError: A client has another topology, or the strategy's settings do not fit the clients.
+        InputError: A client has another topology, or the strategy fits neither the clients nor the engine.
     """
 
     def __init__(
@@ -54,7 +55,14 @@ class Server:
         backend: ops.Backend = "auto",
         quarantine_ratio: float | None = None,
         initial_weights: Mapping[str, Tensor] | None = None,
+        one_process: bool = False,
     ) -> None:
+        if strategy.pooled and not one_process:
+            raise InputError(
+                f"strategy '{strategy.name}' pools all clients' data, which never leave them here",
+                field="strategy",
+                fix="run it in one process with fedcmt run or fedcmt compare, or choose a federated strategy",
+            )
         self._strategy, self._topology, self._seed, self._rounds = strategy, contract.digest(), seed, rounds
         self._backend: ops.Backend = backend
         self._clients = {client.name: client for client in sorted(clients, key=lambda c: c.name)}
@@ -89,6 +97,11 @@ class Server:
                 field="topology",
                 fix="give every client the federation's topology",
             )
+
+    @property
+    def pooled(self) -> bool:
+        """Whether the strategy trains one model on all clients' data."""
+        return self._strategy.pooled
 
     @property
     def matched(self) -> Mapping[str, Matched]:

@@ -70,9 +70,9 @@ class SharedParts:
         optimizer = strategy.server_optimizer(1, 1)
         self._encoders = {
             key: EncoderState(
-                start.clone(),
-                torch.zeros_like(start) if optimizer.beta > 0 else None,
-                torch.zeros_like(start) if optimizer.has_second_moment else None,
+                ops.copy_buffer(start),
+                ops.zero_buffer(start) if optimizer.beta > 0 else None,
+                ops.zero_buffer(start) if optimizer.has_second_moment else None,
             )
             for key in sorted(set(self.encoder_keys.values()))
         }
@@ -166,7 +166,7 @@ class SharedParts:
             backend=self._backend,
         )
         if combination.kept is not None:
-            self._kept = torch.zeros_like(states[0].params)
+            self._kept = ops.zero_buffer(states[0].params)
             ops.server_step(self._kept, None, deltas, combination.kept, lr=1.0, backend=self._backend)
         return stats
 
@@ -175,7 +175,7 @@ class SharedParts:
         eye = torch.eye(len(params), dtype=torch.float64)
         difference = mixing - (eye if mixing.dim() == 2 else eye[:, None])
         if bool(difference.any()):
-            before = [tensor.clone() for tensor in params]
+            before = [ops.copy_buffer(tensor) for tensor in params]
             ops.server_step(
                 list(params), None, before, difference, lr=1.0, segments=self._segments, backend=self._backend
             )

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fedcmt.config import TrainingConfig
+from fedcmt.config import DataConfig, TrainingConfig
+from fedcmt.data.readahead import ReadAhead
+from fedcmt.data.torch_pipeline import Batch
 from fedcmt.distillation import Teacher
 from fedcmt.errors import RunError
 from fedcmt.exchange import PARTS
 from fedcmt.files import copy_into
 from fedcmt.layout import FlatLayout
 from fedcmt.network import Part, build_network, parameters_of
-from fedcmt.objective import Validation, make_objective
+from fedcmt.objective import Objective, Validation, make_objective
 from fedcmt.plans import ClientPlan
 from fedcmt.seeding import derive_seed, seeded
 from fedcmt.strategies.client_work import ClientWork
@@ -34,16 +37,19 @@ class FitResult:
     loss: float  # mean over the steps, of the task alone
     learning_rate: float
     seconds: float
-    data_wait: float  # seconds of those spent waiting for batches
+    data_wait: float  # seconds of those in which training stood still for want of a batch
+    data_work: float  # CPU seconds of the threads that made batches meanwhile
 
 
 class Trainer:
     """A client's network, optimizer and data.
 
     Attributes:
+        seed: The federation's.
         encoder: The encoder's parameters as one flat buffer, `[P]`; the network computes in views of it.
         adaptor: The adaptor's, `[A]`.
         decoder: The decoder's, `[D]`; None where it does not travel.
+        optimizer: Of the network's parameters; may hold those of other networks too.
         trained: Parts that the next :meth:`fit` changes.
     """
 
@@ -57,9 +63,11 @@ class Trainer:
         rounds: int,
         device: torch.device,
         work: ClientWork | None = None,
+        data: DataConfig | None = None,
+        objective: Objective | None = None,
     ) -> None:
         work = work or ClientWork()
-        self._training, self._client, self._seed, self._rounds, self._device = training, client, seed, rounds, device
+        self._training, self._client, self.seed, self._rounds, self._device = training, client, seed, rounds, device
         with seeded(derive_seed(seed, client=client, purpose="initialisation")):
             network = build_network(
                 plan.architecture,
@@ -75,11 +83,16 @@ class Trainer:
         if work.sends_decoder:
             self.decoder, self.decoder_layout = self._share("decoder")
         self.trained: tuple[str, ...] = PARTS
-        self._proximal = work.proximal
+        self._proximal, self._decoder_steps = work.proximal, work.decoder_steps
         self._anchors: list[tuple[torch.nn.Parameter, Tensor]] = []
         self._teacher = Teacher(self.network, work.distillation) if work.distillation.weight > 0 else None
-        self._objective = make_objective(plan, training, device)
-        self._optimizer = self._new_optimizer()
+        self.objective = objective or make_objective(
+            plan, training, device, client=client, seed=seed, data=data or DataConfig()
+        )
+        self.optimizer = self.new_optimizer(list(self.network.parameters()))
+        self._round = 0
+        self._batches: ReadAhead[Batch] | None = None  # while a round's training lasts
+        self._fitted = FitResult(0, 0.0, training.learning_rate, 0.0, 0.0, 0.0)  # sums over the steps of this round
         if device.type == "cuda":
             torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
 
@@ -88,8 +101,19 @@ class Trainer:
         layout = FlatLayout.of(parameters.items())
         return layout.bind(parameters, self._device), layout
 
-    def _new_optimizer(self) -> torch.optim.Optimizer:
-        settings, parameters = self._training, list(self.network.parameters())
+    def share(self, part: Part, owner: Trainer) -> None:
+        """Compute with another trainer's parameters of a part from now on; running statistics stay."""
+        for name, parameter in parameters_of(owner.network, part).items():
+            module, _, leaf = name.rpartition(".")
+            setattr(self.network.get_submodule(module), leaf, parameter)
+        if part == "encoder":
+            self.encoder = owner.encoder
+        elif part == "adaptor":
+            self.adaptor = owner.adaptor
+
+    def new_optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        """The local optimizer of the settings."""
+        settings = self._training
         if settings.optimizer == "sgd":
             return torch.optim.SGD(
                 parameters,
@@ -136,48 +160,86 @@ class Trainer:
         Raises:
             RunError: The loss is no finite number.
         """
-        started, waited, total = time.perf_counter(), 0.0, 0.0
+        with self.training(round_index, steps):
+            for step in range(1, steps + 1):
+                on_step(step, self.step())
+        return self.fitted()
+
+    @contextmanager
+    def training(self, round_index: int, steps: int) -> Iterator[None]:
+        """Read ahead and be ready for the steps of a round.
+
+        Args:
+            round_index: 1 for the first.
+            steps: That :meth:`step` will be called for.
+        """
         if self._training.optimizer_state == "reset":
-            self._optimizer = self._new_optimizer()
+            self.optimizer.state.clear()
         rate = self._learning_rate(round_index)
-        for group in self._optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.network.train()
-        self._freeze(self.trained)
-        with seeded(derive_seed(self._seed, client=self._client, round_index=round_index, purpose="training")):
-            for step in range(1, steps + 1):
-                asked = time.perf_counter()
-                batch = self._objective.next_batch()
-                waited += time.perf_counter() - asked
-                loss = self._step(batch)
-                if not math.isfinite(loss):
-                    raise RunError(
-                        f"client '{self._client}', round {round_index}, step {step}: loss {loss}; lower "
-                        f"training.learning_rate or look at the images of {', '.join(map(str, batch['keys']))}"
-                    )
-                total += loss
-                on_step(step, loss)
-        self._freeze(PARTS)
-        return FitResult(steps, total / steps, rate, time.perf_counter() - started, waited)
+        self._freeze(("decoder",) if self._decoder_steps else self.trained)
+        self._round, self._fitted = round_index, FitResult(0, 0.0, rate, 0.0, 0.0, 0.0)
+        try:
+            with self.objective.batches(round_index, steps) as self._batches:
+                yield
+                self._fitted = replace(self._fitted, data_work=self._batches.seconds_worked)
+        finally:
+            self._batches = None
+            self._freeze(PARTS)
+
+    def step(self) -> float:
+        """One step on the next batch, within :meth:`training`.
+
+        Returns:
+            The task's loss.
+
+        Raises:
+            RunError: It is no finite number.
+        """
+        assert self._batches is not None
+        started, past = time.perf_counter(), self._fitted
+        if 0 < past.steps == self._decoder_steps:
+            self._freeze(self.trained)
+        batch = next(self._batches)
+        loss = self._optimize(batch)
+        if not math.isfinite(loss):
+            raise RunError(
+                f"client '{self._client}', round {self._round}, step {past.steps + 1}: loss {loss}; lower "
+                f"training.learning_rate or look at the images of {', '.join(batch.cases)}"
+            )
+        self._fitted = replace(
+            past,
+            steps=past.steps + 1,
+            loss=past.loss + loss,
+            seconds=past.seconds + time.perf_counter() - started,
+            data_wait=self._batches.seconds_waited,
+        )
+        return loss
+
+    def fitted(self) -> FitResult:
+        """What the round's training made, once it is over."""
+        return replace(self._fitted, loss=self._fitted.loss / self._fitted.steps)
 
     def _freeze(self, trained: tuple[str, ...]) -> None:
         for name, parameter in self.network.named_parameters():
             parameter.requires_grad_(name.split(".", 1)[0] in trained)
 
-    def _step(self, batch: dict[str, Tensor]) -> float:
-        # Without a gradient a frozen part sees neither momentum nor weight decay.
-        self._optimizer.zero_grad(set_to_none=True)
+    def _optimize(self, batch: Batch) -> float:
+        # Without a gradient a frozen part, or another network's, sees neither momentum nor weight decay.
+        self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
-            outputs = self._objective.outputs(self.network, batch)
-            total = loss = self._objective.loss(outputs, batch)
+            outputs = self.objective.outputs(self.network, batch)
+            total = loss = self.objective.loss(outputs, batch)
             if self._teacher is not None:
-                total = loss + self._teacher.term(self._objective, outputs, loss, batch)
+                total = loss + self._teacher.term(self.objective, outputs, loss, batch)
         total.backward()
         for parameter, anchor in self._anchors:
             if parameter.grad is not None:
                 parameter.grad.add_(parameter.detach() - anchor, alpha=self._proximal)
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), self._training.clip_norm)
-        self._optimizer.step()
+        self.optimizer.step()
         return float(loss.detach())
 
     def _autocast(self) -> torch.autocast:
@@ -189,8 +251,8 @@ class Trainer:
     def validate(self) -> Validation:
         """Score the network as it is; the same validation patches every time."""
         self.network.eval()
-        with seeded(derive_seed(self._seed, client=self._client, purpose="validation")), self._autocast():
-            return self._objective.validate(self.network)
+        with self._autocast():
+            return self.objective.validate(self.network)
 
     def model(self) -> dict[str, Tensor]:
         """Parameters and running statistics by name, aliases left out. Changing a tensor changes the network."""
@@ -201,7 +263,7 @@ class Trainer:
         names = [name for name, _ in self.network.named_parameters()]
         state = {f"model.{name}": tensor for name, tensor in self.model().items()}
         for name, parameter in zip(names, self.network.parameters(), strict=True):
-            for key, value in self._optimizer.state.get(parameter, {}).items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
                 if value is not None:
                     state[f"optimizer.{key}.{name}"] = value
         return state
@@ -215,11 +277,12 @@ class Trainer:
         model = {name.removeprefix("model."): t for name, t in state.items() if name.startswith("model.")}
         copy_into(self.model(), model, source=source)
         parameters = dict(self.network.named_parameters())
-        self._optimizer = self._new_optimizer()
+        for parameter in parameters.values():
+            self.optimizer.state.pop(parameter, None)
         for name, value in state.items():
             if name.startswith("optimizer."):
                 _, key, parameter_name = name.split(".", 2)
                 parameter = parameters[parameter_name]
                 # Moments stand in their parameter's memory order; a scalar step count stands on the CPU.
                 kept = torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value.clone()
-                self._optimizer.state[parameter][key] = kept
+                self.optimizer.state[parameter][key] = kept

@@ -281,12 +281,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_report(folder: Path) -> int:
-    """Joins steps.tsv, facts.json and bench.json into gpu_check.json and gpu_check.md; fails where a step has."""
+    """Joins steps.tsv, facts, bench and data.json into gpu_check.json and gpu_check.md; fails where a step has."""
     lines = [line.split("\t") for line in (folder / "steps.tsv").read_text().splitlines()]
     steps = [{"name": name, "result": result, "seconds": int(seconds)} for name, result, seconds in lines]
     facts, bench = read_json(folder / "facts.json"), read_json(folder / "bench.json")
-    (folder / "gpu_check.json").write_text(json.dumps({"facts": facts, "steps": steps, "bench": bench}, indent=2))
-    (folder / "gpu_check.md").write_text("\n".join(report_lines(facts, steps, bench)) + "\n")
+    data = read_json(folder / "data.json")
+    joined = {"facts": facts, "steps": steps, "bench": bench, "data": data}
+    (folder / "gpu_check.json").write_text(json.dumps(joined, indent=2))
+    lines = [*report_lines(facts, steps, bench), *data_lines(data)]
+    (folder / "gpu_check.md").write_text("\n".join(lines) + "\n")
     return 1 if any(step["result"] == "failed" for step in steps) else 0
 
 
@@ -302,6 +305,13 @@ def report_lines(facts: dict[str, Any], steps: Sequence[dict[str, Any]], bench: 
         yield from map(describe, bench["rows"])
         yield from (f"\nFailed: {error}" for error in bench["errors"])
         yield from (f"\nNot measured: {reason}" for reason in bench["skipped"])
+
+
+def data_lines(data: dict[str, Any]) -> Iterator[str]:
+    """What gpu_data.py found."""
+    if data:
+        yield "\n| patches by DALI |  |\n|---|---|"
+        yield from (f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in data.items())
 
 
 def main() -> int:

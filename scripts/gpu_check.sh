@@ -98,12 +98,19 @@ build() {
         "$python" -c 'from fedcmt import ops; info = ops.backend_info(); print(info); raise SystemExit(not info.native)'
 }
 
-# The conftest of the tests needs nnU-Net, and the property tests hypothesis: neither has to be here.
+# The conftest of the tests needs nnU-Net, some tests compare with it, and others need hypothesis: none has to be here.
 tests() {
-    local files=() file
+    local files=() file module missing
     for file in "$root"/tests/test_ops*.py; do
-        if grep -q hypothesis "$file" && ! "$python" -c 'import hypothesis' 2>/dev/null; then
-            echo "not run, needs hypothesis: $file"
+        missing=
+        for module in hypothesis nnunetv2 batchgeneratorsv2; do
+            if grep -Eq "import $module|from $module|from stock_transforms" "$file" &&
+                ! "$python" -c "import $module" 2>/dev/null; then
+                missing=$module
+            fi
+        done
+        if [ -n "$missing" ]; then
+            echo "not run, needs $missing: $file"
         else
             files+=("$file")
         fi
@@ -139,15 +146,24 @@ bench() {
     if [ "$device" = cpu ]; then
         "$python" "$root/scripts/gpu_check.py" bench "$folder" --device cpu --elements 10001 --repeats 3
     else
-        "$python" "$root/scripts/gpu_check.py" bench "$folder" --seconds 75
+        "$python" "$root/scripts/gpu_check.py" bench "$folder" --seconds 57
+    fi
+}
+
+# DALI on the GPU against DALI on the CPU, its buffers in torch, and how long a trainer waits for patches.
+data() {
+    if [ "$device" = cpu ]; then
+        "$python" "$root/scripts/gpu_data.py" "$folder" --device cpu --size 16 --batches 3 --parity 6 --threads 1
+    else
+        "$python" "$root/scripts/gpu_data.py" "$folder"
     fi
 }
 
 sanitizer=$(find_sanitizer)
-export -f facts find_nvcc architecture build tests exercise sanitize bench
+export -f facts find_nvcc architecture build tests exercise sanitize bench data
 export root python device folder sanitizer
 
-# The limits add up to 465 s; a dry run has no GPU's speed and gets more.
+# The limits add up to 480 s; a dry run has no GPU's speed and gets more.
 step facts 20 bash -c facts
 step build 110 bash -c build
 step exercise 40 bash -c exercise
@@ -159,10 +175,15 @@ elif [ -z "$sanitizer" ]; then
     skip memcheck "no compute-sanitizer"
     skip racecheck "no compute-sanitizer"
 else
-    step memcheck 60 bash -c 'sanitize memcheck'
-    step racecheck 60 bash -c 'sanitize racecheck'
+    step memcheck 55 bash -c 'sanitize memcheck'
+    step racecheck 55 bash -c 'sanitize racecheck'
 fi
-step bench 95 bash -c bench
+step bench 75 bash -c bench
+if "$python" -c 'import nvidia.dali, blosc2' 2>/dev/null; then
+    step data 45 bash -c data
+else
+    skip data "needs nvidia-dali-cuda130 and blosc2"
+fi
 
 "$python" "$root/scripts/gpu_check.py" report "$folder"
 failed=$?

@@ -8,7 +8,8 @@ usage: python scripts/gpu_exercise.py [--device cuda] [--seed 0] [--once]
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,8 @@ from fedcmt.ops import _native
 COUNTS = (1, 2, 3, 8, 9, 16, 17, 33, 64, 65)
 LENGTHS = (0, 1, 1023, 9001)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Channels, source and patch.
+PATCHES = ((1, (9, 20, 33), (8, 15, 40)), (3, (1, 12, 13), (1, 9, 17)), (2, (7, 1, 5), (4, 3, 1)))
 OPTIMIZERS: tuple[ops.Optimizer, ...] = ("sgd", "adam", "yogi", "adagrad")
 
 
@@ -184,6 +187,56 @@ def exercise_all(run: Exercise) -> None:
                 exercise_screen(run, length, dtype, offset)
 
 
+def exercise_warp(run: Exercise, image: Tensor, labels: Tensor, affine: Any, shape: Sequence[int]) -> None:
+    """Equal bit for bit, so without any tolerance."""
+
+    def warp(device: str, backend: ops.Backend) -> Any:
+        return ops.warp_patch(image.to(device), labels.to(device), affine, shape, backend=backend)
+
+    run.compare(f"warp_patch {tuple(image.shape)} to {tuple(shape)}", warp, 0.0)
+
+
+def exercise_intensities(run: Exercise, image: Tensor, name: str, changes: dict[str, Any]) -> None:
+    def change(device: str, backend: ops.Backend) -> Tensor:
+        changed = image.clone().to(device)
+        ops.change_intensities(changed, backend=backend, **changes)
+        return changed
+
+    run.compare(f"change_intensities {name} {tuple(image.shape)}", change, 1e-4)
+
+
+def exercise_patches(run: Exercise) -> None:
+    """Odd sizes, single voxels, several channels."""
+    for channels, source, shape in PATCHES:
+        image = run.random(channels * math.prod(source)).reshape(channels, *source)
+        labels = torch.randint(-1, 4, (1, *source), generator=run.generator).to(torch.int16)
+        for turn in (None, rotation(run)):
+            exercise_warp(run, image, labels, ops.patch_affine(turn, source, shape, (2,)), shape)
+        for name, changes in intensity_changes(channels, source).items():
+            exercise_intensities(run, image, name, changes)
+
+
+def rotation(run: Exercise) -> Any:
+    """A little turn about every axis, and a scale."""
+    skew = torch.randn(3, 3, generator=run.generator, dtype=torch.float64) * 0.2
+    return 1.1 * torch.matrix_exp(skew - skew.T).numpy()
+
+
+def intensity_changes(channels: int, shape: Sequence[int]) -> dict[str, dict[str, Any]]:
+    """Each change alone, then all of them."""
+    size = [max(1, n * 2 // 3) for n in shape]
+    changes: dict[str, dict[str, Any]] = {
+        "noise": {"noise": 0.1, "noise_seed": 5},
+        "blur": {"blur": [(0.7, 0.9, 0.5)] * channels},
+        "brightness": {"brightness": [1.2] * channels},
+        "contrast": {"contrast": [0.8] * channels},
+        "low resolution": {"low_resolution": [size] * channels, "mirrored_axes": (1,)},
+        "gamma inverted": {"gamma_inverted": [0.8] * channels},
+        "gamma": {"gamma": [1.4] * channels},
+    }
+    return changes | {"all": {name: value for change in changes.values() for name, value in change.items()}}
+
+
 def exercise_launches(run: Exercise) -> None:
     """A whole step, Gram matrix and update, takes at most 3 launches up to 8 rows."""
     if not _native.has_cuda_kernels():
@@ -210,6 +263,7 @@ def main() -> int:
     print(f"fedcmt.ops: {ops.backend_info()}")
     run = Exercise(arguments.device, torch.Generator().manual_seed(arguments.seed), arguments.once)
     exercise_all(run)
+    exercise_patches(run)
     exercise_launches(run)
     for failure in run.failures[:40]:
         print(f"FAILED {failure}")

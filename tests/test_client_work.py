@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fedcmt import federation as engine
 from fedcmt import run_federation
 from fedcmt.client import Client
-from fedcmt.config import TrainingConfig, load_config
+from fedcmt.config import DataConfig, TrainingConfig, load_config
 from fedcmt.distillation import Teacher
 from fedcmt.exchange import Outgoing
 from fedcmt.federation import prepare_clients
@@ -100,7 +100,8 @@ def test_distillation_changes_training_and_its_absence_nothing(plans: dict[str, 
 @pytest.mark.parametrize("client", ["ct_plain", "ct_regions", "mr_class"])
 def test_divergence_and_coefficient_are_those_of_the_formula(plans: dict[str, ClientPlan], client: str) -> None:
     plan, temperature = plans[client], 2.0
-    objective = make_objective(plan, TrainingConfig(validation_batches=1, deep_supervision=False), CPU)
+    training = TrainingConfig(validation_batches=1, deep_supervision=False)
+    objective = make_objective(plan, training, CPU, client="site", seed=1, data=DataConfig())
     shape = (2, 2) if client == "mr_class" else (2, 2 if client == "ct_regions" else 3, 3, 4, 5)
     student, teacher = (torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
     found = objective.divergence(student, teacher, temperature)
@@ -207,23 +208,23 @@ def test_a_client_takes_the_best_and_goes_on_from_it(
         return Validation("dice", scores[stage], 0.0, {}), 0.0
 
     monkeypatch.setattr(client, "_validate", validate)
-    out = Outgoing(0, client._trainer.encoder.clone(), client._trainer.adaptor.clone())
+    out = Outgoing(0, client.trainer.encoder.clone(), client.trainer.adaptor.clone())
     client.fit(out, 1, lambda *_: None)
-    own = client._trainer.encoder.clone()
+    own = client.trainer.encoder.clone()
     server = Outgoing(1, out.encoder + 0.5, out.adaptor - 0.5)
     line = client.evaluate(server)
     assert line["own_share"] == share
     assert line["adopted"]["score"] == max(scores.values())
     expected = torch.lerp(server.encoder, own, share)
-    assert torch.equal(client._trainer.encoder, expected)
+    assert torch.equal(client.trainer.encoder, expected)
     client.save(1)
     other = client_of(plans["ct_plain"], config, tmp_path, ClientWork(adoption=adoption))
     other.restore(1)
     monkeypatch.setattr(other, "_validate", validate)
     update = other.fit(server, 2, lambda *_: None)
     # The update is what its own training changed, wherever it began.
-    began = other._trainer.encoder - update.encoder
-    for segment in other._trainer.encoder_layout.segments:
+    began = other.trainer.encoder - update.encoder
+    for segment in other.trainer.encoder_layout.segments:
         assert torch.allclose(part(began, segment), part(expected, segment), atol=1e-6), segment.name
 
 
@@ -232,7 +233,7 @@ def test_normalisation_stays_with_the_client(
 ) -> None:
     config = load_config(federation(raw_datasets, preprocessed, tmp_path / "run"))
     client = client_of(plans["mr_two"], config, tmp_path, ClientWork(stays_local=(".norm.",)))
-    own = client._trainer
+    own = client.trainer
     out = Outgoing(0, torch.full_like(own.encoder, 0.125), torch.full_like(own.adaptor, 0.125))
     update = client.fit(out, 1, lambda *_: None)
     client._receive(out)
@@ -254,7 +255,8 @@ def test_ditto_ends_with_its_personal_model_and_resumes_exactly(
 ) -> None:
     from test_membership import lines_of, run_cut_after
 
-    monkeypatch.setattr(engine, "_finish", lambda *_: {})
+    for ending in ("_score", "_present"):
+        monkeypatch.setattr(engine, ending, lambda *_: {})
     ditto = {"name": "ditto", "personal": 0.5, "personal_steps": 3}
     settings = federation(raw_datasets, preprocessed, tmp_path / "whole", strategy=ditto)
     settings["clients"] = settings["clients"][:2]

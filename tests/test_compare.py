@@ -13,9 +13,10 @@ from phantoms import federation
 from scipy import stats
 
 from fedcmt import compare as comparing
+from fedcmt import comparison_runs
 from fedcmt.cli import main
 from fedcmt.compare import compare, parse_variants
-from fedcmt.comparison import Difference, Row, as_csv, as_markdown, difference
+from fedcmt.comparison import Difference, Row, as_csv, as_markdown, difference, share_of_headroom
 from fedcmt.comparison_figures import curves_png, forest_png
 from fedcmt.errors import InputError, RunError
 
@@ -73,6 +74,32 @@ def test_the_table_counts_who_is_worse_off() -> None:
     assert "## Row minus column" in text
 
 
+def test_the_share_of_joints_lead_has_fiellers_interval() -> None:
+    gains, heads = [0.02, 0.05, 0.03, 0.06], [0.08, 0.10, 0.09, 0.13]
+    rows = []
+    for seed, (gain, head) in enumerate(zip(gains, heads, strict=True)):
+        rows += [
+            row("local", seed, "a", 0.5),
+            row("fedavg", seed, "a", 0.5 + gain),
+            row("joint", seed, "a", 0.5 + head),
+        ]
+    found = share_of_headroom(rows, "fedavg", "local", "joint", "test")
+    assert found.mean == pytest.approx(np.mean(gains) / np.mean(heads))
+    # A ratio r is in the interval exactly where gain - r head is not significantly different from 0.
+    for ratio in (found.low, found.high):
+        test = stats.ttest_1samp(np.asarray(gains) - ratio * np.asarray(heads), 0)
+        assert test.pvalue == pytest.approx(0.05)
+    text = as_markdown(rows, "local", "test", tuning=False)
+    assert "| share of joint's lead |" in text
+    assert f"| {found.mean:.0%} [{found.low:.0%}, {found.high:.0%}] | 0 of 1 | 0 | 4 |" in text
+    others = [r for r in rows if r.strategy != "joint"]
+    for heads, mean_is_known in (([0.1, -0.1], False), ([0.5, -0.1], True)):
+        unclear = others + [row("joint", seed, "a", 0.5 + head) for seed, head in enumerate(heads)]
+        found = share_of_headroom(unclear, "fedavg", "local", "joint", "test")
+        assert math.isnan(found.mean) != mean_is_known
+        assert math.isnan(found.low)
+
+
 def test_scores_that_are_undefined_are_left_out_and_empty_in_the_csv() -> None:
     rows = [*example(), row("fedprox", 0, "a", math.nan)]
     assert as_csv(rows).splitlines()[-1] == "fedprox,0,a,dice,,,4,0,test"
@@ -86,7 +113,16 @@ def test_variants() -> None:
     assert [v.label for v in variants] == ["local", "fedcmt:conflict_aversion=0:distillation.weight=0.5", "fedavg"]
     assert variants[1].strategy == {"name": "fedcmt", "conflict_aversion": 0, "distillation": {"weight": 0.5}}
     assert variants[1].folder == "fedcmt_conflict_aversion=0_distillation.weight=0.5"
-    for wrong, part in (("fedcmt:x", "is no setting"), ("fedavg,fedavg", "named twice"), ("fedavg:a=[", "valid YAML")):
+    other = parse_variants("local,fedavg:adaptors=group:config.clients.*.local_steps=3:config.rounds=4")[1]
+    assert other.strategy == {"name": "fedavg", "adaptors": "group"}
+    assert other.overrides == ("clients.*.local_steps=3", "rounds=4")
+    for wrong, part in (
+        ("fedavg:config.seed=3", "'seed' is the same for all variants"),
+        ("fedavg:config.strategy.name=x", "'strategy' is the same"),
+        ("fedcmt:x", "is no setting"),
+        ("fedavg,fedavg", "named twice"),
+        ("fedavg:a=[", "valid YAML"),
+    ):
         with pytest.raises(InputError, match=part):
             parse_variants(wrong)
 
@@ -105,6 +141,8 @@ def config(raw_datasets: Path, preprocessed: Path, tmp_path: Path) -> Path:
     [
         (["--strategies", "fedavgg", "--seeds", "1"], ["unknown strategy 'fedavgg'", "fedavg"]),
         (["--strategies", "fedavg:adaptor=1", "--seeds", "1"], ["unknown key 'adaptor'", "adaptors"]),
+        (["--strategies", "fedavg:config.rounds=0", "--seeds", "1"], ["rounds", "greater than or equal to 1"]),
+        (["--strategies", "fedavg:config.training.x=0", "--seeds", "1"], ["unknown key 'x'"]),
         (["--strategies", "fedavg", "--seeds", "0"], ["--seeds", "found 0"]),
         (["--strategies", "fedavg", "--seeds", "1000000"], ["--seeds", "found 1000000"]),
         (["--strategies", "fedavg", "--seeds", "1", "--processes", "0"], ["--processes"]),
@@ -124,20 +162,24 @@ def test_a_comparison_goes_on_and_keeps_tuning_apart(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, seen = tmp_path / "out", []
-    run_federation = comparing.run_federation
+    run_federation = comparison_runs.run_federation
 
-    def watched(run: object) -> object:
+    def watched(run: object, **options: object) -> object:
         seen.append((run.strategy.name, run.seed, run.training.local_steps))
         if len(seen) == 2:
             raise RunError("power cut")
-        return run_federation(run)
+        return run_federation(run, **options)
 
-    monkeypatch.setattr(comparing, "run_federation", watched)
+    monkeypatch.setattr(comparison_runs, "run_federation", watched)
     with pytest.raises(RunError, match=r"1 of 2 runs failed; fedavg, seed 1000000: RunError: power cut"):
         compare(config, parse_variants("fedavg"), 1, folder=out)
     assert not (out / "comparison.md").exists()
     first = (out / "runs" / "local" / "seed-1000000" / "results.json").read_bytes()
-    assert main(["compare", str(config), "--strategies", "fedavg", "--seeds", "1", "-o", str(out)]) == 0
+    assert not (out / "runs" / "local" / "seed-1000000" / "report.html").exists()
+    command = ["compare", str(config), "--strategies", "fedavg", "--seeds", "1", "-o", str(out), "--reports"]
+    assert main(command) == 0
+    for path in ("report.html", "tensorboard", "clients/ct_plain/model/plans.json"):
+        assert (out / "runs" / "fedavg" / "seed-1000000" / path).exists(), path
     assert (out / "runs" / "local" / "seed-1000000" / "results.json").read_bytes() == first
     assert seen[:2] == [("local", 1000000, 1), ("fedavg", 1000000, 1)]
     with open(out / "results.csv") as file:
@@ -154,8 +196,27 @@ def test_a_comparison_goes_on_and_keeps_tuning_apart(
     assert tuned.folder == out / "tuning"
 
 
+def test_a_variant_may_change_the_federation(config: Path, tmp_path: Path) -> None:
+    variants = parse_variants("local:config.clients.*.local_steps=2:config.rounds=2")
+    rows = compare(config, variants, 1, folder=tmp_path / "out", say=lambda text: None).rows
+    assert {(row.strategy[:12], row.local_steps, len(row.curve)) for row in rows} == {
+        ("local", 1, 1), ("local:config", 4, 2)
+    }  # fmt: skip
+    folders = [tmp_path / "out" / "runs" / variant.folder / "seed-1000000" for variant in variants]
+    assert not list(tmp_path.rglob("report.html"))
+    assert not list(tmp_path.rglob("tensorboard"))
+    assert not list(tmp_path.rglob("model"))
+    assert all((folder / "results.json").is_file() for folder in folders)
+
+
 def test_seeds_of_tuning_and_test_never_meet() -> None:
     assert comparing.TUNING_SEEDS_FROM + comparing.MAX_SEEDS - 1 < comparing.TEST_SEEDS_FROM
+
+
+def test_a_spent_budget_starts_no_run_and_says_so(config: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="the budget is spent, 2 of 2 runs are left"):
+        compare(config, parse_variants("fedavg"), 1, folder=tmp_path / "out", budget=0, say=lambda text: None)
+    assert not (tmp_path / "out" / "runs").exists()
 
 
 def test_other_processes_do_the_work_and_report_what_went_wrong(config: Path, tmp_path: Path) -> None:

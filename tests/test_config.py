@@ -23,6 +23,15 @@ def test_defaults_are_the_documented_ones() -> None:
     assert config.workspace_folder() == Path("workspace/study")
 
 
+def test_an_override_may_name_every_client_and_leaves_the_source_alone() -> None:
+    data = {**FEDERATION, "clients": [{**CLIENT}, {**CLIENT, "name": "b"}]}
+    found = load_config(data, ["clients.*.warmup_rounds=2", "clients.b.local_steps=3"])
+    assert [(client.warmup_rounds, client.local_steps) for client in found.clients] == [(2, None), (2, 3)]
+    assert load_config(data).clients[0].warmup_rounds == 0
+    with pytest.raises(InputError, match="unknown key 'warm_up'"):
+        load_config(data, ["clients.*.warm_up=2"])
+
+
 def test_resolved_config_reads_back_equal() -> None:
     config = load_config({**FEDERATION, "strategy": {"name": "fedcmt", "conflict_aversion": 0.2}})
     assert load_config(yaml.safe_load(dump_config(config))) == config

@@ -25,6 +25,8 @@ from kernel_parts import Part  # noqa: E402
 DTYPES = {"float", "__nv_bfloat16", "__half"}
 # These read partial sums, Gram matrices and small tables, never the updates.
 SMALL = {"gramian_finish", "general_step_finish", "project_rows"}
+# These work on patches, voxel by voxel: neighbours' accesses of 4 bytes meet in the caches.
+PATCHES = {"warp_patch_kernel", "change_kernel", "enlarge_kernel", "filter_kernel", "noise_kernel", "thin_kernel"}
 # Enough for the memory's bandwidth times its latency: 3.35 TB/s x 600 ns / 132 multiprocessors.
 LEAST_BYTES_IN_FLIGHT = 15 * 1024
 
@@ -63,14 +65,14 @@ def test_no_kernel_spills_or_uses_the_stack(kernels: list[Kernel]) -> None:
 
 @needs_tools
 def test_every_kernel_is_known(kernels: list[Kernel]) -> None:
-    assert {kernel.function for kernel in kernels} == kernel_parts.PARTS.keys() | SMALL
+    assert {kernel.function for kernel in kernels} == kernel_parts.PARTS.keys() | SMALL | PATCHES
 
 
 @needs_tools
 def test_every_kernel_exists_for_each_dtype_and_architecture(kernels: list[Kernel]) -> None:
     found: dict[tuple[str, int], set[str]] = {}
     for kernel in kernels:
-        if kernel.arguments:
+        if kernel.arguments and kernel.function not in PATCHES:
             found.setdefault((kernel.function, kernel.architecture), set()).add(kernel.arguments[0])
     assert {function for function, _ in found} == kernel_parts.PARTS.keys() - {"weighted_mean_kernel"}
     assert len(found) == len(cubins.ARCHITECTURES) * len({function for function, _ in found})

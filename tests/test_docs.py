@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from fedcmt import strategies
 from fedcmt.config import (
     ClientConfig,
+    DataConfig,
     FederationConfig,
     InferenceConfig,
     StrategyConfig,
@@ -21,7 +22,9 @@ from fedcmt.config import (
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("model", [FederationConfig, ClientConfig, TopologyConfig, TrainingConfig, InferenceConfig])
+@pytest.mark.parametrize(
+    "model", [FederationConfig, ClientConfig, TopologyConfig, TrainingConfig, DataConfig, InferenceConfig]
+)
 def test_every_setting_is_documented(model: type[BaseModel]) -> None:
     text = (ROOT / "docs" / "config.md").read_text()
     missing = [name for name in model.model_fields if f"`{name}`" not in text and f"## {name}" not in text]
@@ -45,7 +48,7 @@ def test_every_setting_of_a_strategy_is_documented() -> None:
 def test_documented_defaults_are_the_real_ones() -> None:
     rows = [line.split("|") for line in (ROOT / "docs" / "config.md").read_text().splitlines() if line.count("|") == 4]
     documented = {row[1].strip().strip("`"): row[2].strip().strip("`") for row in rows}
-    for model in (TopologyConfig, TrainingConfig, InferenceConfig):
+    for model in (TopologyConfig, TrainingConfig, DataConfig, InferenceConfig):
         for name, field in model.model_fields.items():
             if field.default is not None:
                 shown = str(field.default).lower() if isinstance(field.default, bool) else str(field.default)

@@ -214,6 +214,13 @@ def test_a_workspace_of_another_federation_is_refused(finished: Path, raw_datase
         run_federation(federation(raw_datasets, preprocessed, finished, seed=4))
 
 
+def test_the_backend_of_patches_is_kept(finished: Path, raw_datasets: Path, preprocessed: Path) -> None:
+    assert yaml.safe_load((finished / "config.yaml").read_text())["data"]["backend"] == "torch"
+    with pytest.raises(InputError, match=r"field 'data.backend': .* was made with backend torch, found dali"):
+        run_federation(federation(raw_datasets, preprocessed, finished, data={"backend": "dali"}))
+    run_federation(federation(raw_datasets, preprocessed, finished, data={"threads": 2, "ahead": 1}))
+
+
 def test_a_workspace_in_use_is_refused(raw_datasets: Path, preprocessed: Path, tmp_path: Path) -> None:
     from fedcmt.checkpoint import Workspace
 

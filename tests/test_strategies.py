@@ -57,7 +57,7 @@ def of_round(
 def test_names() -> None:
     assert strategies.names() == [
         "affinity", "asymfedavg", "cagrad", "config", "ditto", "fedavg", "fedbn", "fedcmt", "fedcmt-paper", "fedhca2",
-        "fedopt", "fedper", "fedprox", "local", "mgda", "pcgrad", "tuned-weights", "upgrad",
+        "fedopt", "fedper", "fedprox", "joint", "local", "mgda", "pcgrad", "tuned-weights", "upgrad",
     ]  # fmt: skip
 
 

@@ -87,7 +87,7 @@ def test_regions_with_an_ignore_label_train_and_count_no_ignored_voxel(tmp_path:
     settings["clients"] = [{"name": "part", "dataset": 850, "modality": "CT", "patch_size": [16, 16, 16]}]
     each = trainer(prepare_clients(load_config(settings))["part"])
     each.fit(1, 2, quiet)
-    objective = each._objective
+    objective = each.objective
     target = torch.zeros(1, 3, 4, 4, 4, dtype=torch.bool)  # whole, lesion, ignored
     target[:, 0, :2] = True
     target[:, 2, 2:] = True

@@ -105,12 +105,41 @@ inline void load_two(const BFloat16* p, float* out) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + Floats::kLanes), odd);
 }
 
+#include "lanes_impl.h"
+
+// Two neighbours each: one access of 8 bytes instead of two of 4.
+inline void gather_two(const float* from, IntVector index, FloatVector* first, FloatVector* second) {
+  const __m256i lanes = (__m256i)index;
+  const auto* pairs = reinterpret_cast<const double*>(from);
+  const __m256 low = _mm256_castpd_ps(_mm256_i32gather_pd(pairs, _mm256_castsi256_si128(lanes), 4));
+  const __m256 high = _mm256_castpd_ps(_mm256_i32gather_pd(pairs, _mm256_extracti128_si256(lanes, 1), 4));
+  const __m256 even = _mm256_shuffle_ps(low, high, 0x88), odd = _mm256_shuffle_ps(low, high, 0xdd);
+  *first = (FloatVector)_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(even), 0xd8));
+  *second = (FloatVector)_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(odd), 0xd8));
+}
+
+// The label in the low half of a lane, its neighbour in the high one.
+inline IntVector gather_labels(const int16_t* from, IntVector index) {
+  return (IntVector)_mm256_i32gather_epi32(reinterpret_cast<const int*>(from), (__m256i)index, 2);
+}
+
+inline bool all_true(IntVector mask) { return _mm256_movemask_ps((__m256)mask) == 0xff; }
+
+// High halves of the unsigned products.
+inline UintVector multiply_high(UintVector a, uint32_t factor) {
+  const __m256i x = (__m256i)a, f = _mm256_set1_epi32(static_cast<int>(factor));
+  const __m256i even = _mm256_srli_epi64(_mm256_mul_epu32(x, f), 32);
+  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), f);
+  return (UintVector)_mm256_blend_epi32(even, odd, 0xaa);
+}
+
 #include "block_kernels_impl.h"
 
 }  // namespace
 
 const BlockKernels kAvx2Kernels = {
     "avx2", gramian_block, gramian_row_block, server_step_block, weighted_sum_block, screen_block,
+    warp_rows,     &kIntensityKernels, instance_norm_block,
 };
 
 }  // namespace cpu

@@ -7,7 +7,10 @@
 
 #include <cstdint>
 
+#include "../norm.h"
 #include "../ops.h"
+#include "../patch.h"
+#include "intensity_kernels.h"
 
 namespace fedcmt {
 namespace cpu {
@@ -39,6 +42,14 @@ struct BlockKernels {
 
   // Adds to sums.
   void (*screen)(const ScreenArguments& arguments, int64_t begin, int64_t end, ScreenSums* sums);
+
+  // Rows [begin, end) of the D' * H' of a warped patch, all channels.
+  void (*warp_rows)(const WarpArguments& arguments, int64_t begin, int64_t end);
+
+  const IntensityKernels* intensities;
+
+  // Channel counts from 0 to instances * channels.
+  void (*instance_norm)(const NormArguments& arguments, int64_t channel);
 };
 
 extern const BlockKernels kPlainKernels;

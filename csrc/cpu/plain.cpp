@@ -138,12 +138,40 @@ inline Floats operator/(Floats a, Floats b) { return {a.v / b.v}; }
 inline Floats max(Floats a, Floats b) { return {a.v > b.v ? a.v : b.v}; }
 inline Floats fma(Floats a, Floats b, Floats c) { return {a.v * b.v + c.v}; }
 
+#include "lanes_impl.h"
+
+inline void gather_two(const float* from, IntVector index, FloatVector* first, FloatVector* second) {
+  for (int k = 0; k < kVectorLanes; ++k) {
+    (*first)[k] = from[index[k]];
+    (*second)[k] = from[index[k] + 1];
+  }
+}
+
+// The label in the low half of a lane, its neighbour in the high one.
+inline IntVector gather_labels(const int16_t* from, IntVector index) {
+  IntVector two;
+  for (int k = 0; k < kVectorLanes; ++k) {
+    const auto low = static_cast<uint16_t>(from[index[k]]), high = static_cast<uint16_t>(from[index[k] + 1]);
+    two[k] = static_cast<int32_t>(uint32_t{high} << 16 | low);
+  }
+  return two;
+}
+
+inline bool all_true(IntVector mask) { return (mask[0] & mask[1] & mask[2] & mask[3]) != 0; }
+
+// High halves of the unsigned products.
+inline UintVector multiply_high(UintVector a, uint32_t factor) {
+  for (int k = 0; k < kVectorLanes; ++k) a[k] = static_cast<uint32_t>((uint64_t{a[k]} * factor) >> 32);
+  return a;
+}
+
 #include "block_kernels_impl.h"
 
 }  // namespace
 
 const BlockKernels kPlainKernels = {
     "plain", gramian_block, gramian_row_block, server_step_block, weighted_sum_block, screen_block,
+    warp_rows,     &kIntensityKernels, instance_norm_block,
 };
 
 }  // namespace cpu

@@ -20,6 +20,7 @@ from fedcmt.ops._arguments import (
 )
 from fedcmt.ops._backend import Backend, cpu_execution, cuda_launch, runs_cuda_kernels, use_native
 from fedcmt.ops._stats import ScreenStats
+from fedcmt.ops.buffers import empty_buffer
 
 
 def weighted_mean(
@@ -85,7 +86,7 @@ def _native_means(rows: list[Tensor], shares: Tensor, masks: Tensor, execution: 
     for weights, mask in zip(shares.tolist(), masks.tolist(), strict=True):
         members = [i for i, member in enumerate(mask) if member]
         length = rows[members[0]].numel()
-        means.append(torch.empty(length, dtype=torch.float32, device=device))
+        means.append(empty_buffer(length, device=device))
         pointers = [rows[i].data_ptr() for i in members]
         tasks.append((means[-1].data_ptr(), pointers, [weights[i] for i in members], length))
     code = DTYPE_CODES[rows[0].dtype]

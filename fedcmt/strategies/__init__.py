@@ -20,6 +20,7 @@ from fedcmt.strategies.fedhca2 import FedHCA2
 from fedcmt.strategies.fedopt import FedOpt
 from fedcmt.strategies.fedper import FedPer
 from fedcmt.strategies.fedprox import FedProx
+from fedcmt.strategies.joint import Joint
 from fedcmt.strategies.local import Local
 from fedcmt.strategies.mgda import MGDA
 from fedcmt.strategies.pcgrad import PCGrad
@@ -40,6 +41,7 @@ _ALL: tuple[type[Strategy], ...] = (
     FedOpt,
     FedPer,
     FedProx,
+    Joint,
     Local,
     MGDA,
     PCGrad,

@@ -135,8 +135,8 @@ class AffinityStrategy(Strategy):
 
     @property
     def client_work(self) -> ClientWork:
-        """Distillation and adoption, where asked for."""
-        return ClientWork(distillation=self.settings.distillation, adoption=self.settings.adoption)
+        """What the settings ask for."""
+        return self.settings.work()
 
     def state(self) -> dict[str, Tensor]:
         """Running means of the cosines."""

@@ -133,6 +133,7 @@ class Strategy(ABC):
     name: ClassVar[str]
     settings_model: ClassVar[type[Settings]]
     federated: ClassVar[bool] = True  # False: nothing is exchanged after the common start
+    pooled: ClassVar[bool] = False  # all clients' data train one model, which only a single process can do
     exchanges_decoders: ClassVar[bool] = False
     matches_adaptors: ClassVar[bool] = False  # average adaptors' tensors of equal name and shape across keys too
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from fedcmt.config import Settings
+from fedcmt.config import Count, Settings
 
-Adoption = Literal["always", "safeguard", "mixed"]
+Adoption = Literal["always", "safeguard", "mixed", "learned"]
 
 
 class DistillationSettings(Settings):
@@ -25,9 +25,39 @@ class ClientSettings(Settings):
     distillation: DistillationSettings = DistillationSettings()
     adoption: Adoption = Field(
         "always",
-        description="of the server's model: always; only where its hold-out score is not below the client's own; or as "
-        "the best mean of both",
+        description="of the server's model: always; only where its hold-out score is not below the client's own; as "
+        "the best mean of both; or as a mean whose share is learned over the rounds",
     )
+    personal: float | None = Field(
+        None, ge=0, le=1000, description="lambda of a personal model beside, lambda/2 |v - received|^2; default: none"
+    )
+    personal_steps: Count | None = Field(None, description="of the personal model a round; default: the local steps")
+    decoder_steps: int = Field(
+        0, ge=0, le=1_000_000, description="first local steps of a round, which train the decoder on what was received"
+    )
+    normalisation: Literal["shared", "local"] = Field("shared", description="its scales and offsets")
+
+    @model_validator(mode="after")
+    def _one_model_to_end_with(self) -> ClientSettings:
+        if self.personal is None and self.personal_steps is not None:
+            raise ValueError("personal_steps has no use without personal")
+        if self.personal is not None and self.adoption != "always":
+            raise ValueError("adoption should be always with a personal model, which is the one that the client uses")
+        return self
+
+    def work(self) -> ClientWork:
+        """What they ask for."""
+        return ClientWork(
+            personal=self.personal,
+            personal_steps=self.personal_steps,
+            distillation=self.distillation,
+            adoption=self.adoption,
+            stays_local=NORMALISATION if self.normalisation == "local" else (),
+            decoder_steps=self.decoder_steps,
+        )
+
+
+NORMALISATION = (".norm.",)  # names of its parameters, in encoder and adaptor
 
 
 @dataclass(frozen=True)
@@ -43,6 +73,7 @@ class ClientWork:
         adoption: When the server's model is taken.
         stays_local: Parameters whose names contain one of these never leave the client.
         sends_decoder: Whether the decoder travels.
+        decoder_steps: First local steps of a round, which change the decoder alone.
     """
 
     proximal: float = 0.0
@@ -52,3 +83,4 @@ class ClientWork:
     adoption: Adoption = "always"
     stays_local: tuple[str, ...] = ()
     sends_decoder: bool = False
+    decoder_steps: int = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from fedcmt.strategies.client_work import ClientWork
+from fedcmt.strategies.client_work import NORMALISATION, ClientWork
 from fedcmt.strategies.fedavg import FedAvg
 
 
@@ -21,4 +21,4 @@ class FedBN(FedAvg):
     @property
     def client_work(self) -> ClientWork:
         """Scale and offset of every normalisation stay."""
-        return ClientWork(stays_local=(".norm.",))
+        return ClientWork(stays_local=NORMALISATION)

@@ -5,18 +5,31 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from fedcmt.config import Settings
+from fedcmt.errors import InputError
 from fedcmt.exchange import ClientDescription
-from fedcmt.strategies.base import SHARED, Combination, RoundUpdates, StepSettings, Strategy, by_cases
+from fedcmt.layout import FlatLayout
+from fedcmt.strategies.base import (
+    SHARED,
+    AdaptorSharing,
+    Combination,
+    RoundUpdates,
+    ServerOptimizer,
+    Strategy,
+    adaptor_key,
+    by_cases,
+)
 from fedcmt.strategies.client_work import ClientSettings, ClientWork
 from fedcmt.strategies.conflict_averse import cagrad_weights
 from fedcmt.strategies.gram import lengthened
+from fedcmt.strategies.server_rule import RuleSettings
+from fedcmt.strategies.stages import stage_bounds
 
 
-class FedCMTSettings(StepSettings, ClientSettings):
+class FedCMTSettings(RuleSettings, ClientSettings):
     """Settings of FedCMT."""
 
     conflict_aversion: float = Field(
@@ -25,14 +38,28 @@ class FedCMTSettings(StepSettings, ClientSettings):
     encoders: Literal["shared", "clustered"] = Field(
         "shared", description="one for all clients, or one for the clients of each task and modality"
     )
+    shared_stages: int = Field(
+        0, ge=0, le=16, description="of clustered encoders: first stages that all clients share nevertheless"
+    )
+    per_stage: bool = Field(False, description="a step of its own for each stage, from the Gram matrix of each")
+    adaptors: AdaptorSharing = Field(
+        "group", description="who shares an adaptor: equal modality and channels, equal channels, or nobody"
+    )
+
+    @model_validator(mode="after")
+    def _stages_are_shared_between_clusters(self) -> FedCMTSettings:
+        if self.shared_stages and self.encoders == "shared":
+            raise ValueError("shared_stages has no use where encoders is shared")
+        return self
 
 
 class FedCMT(Strategy):
-    """theta <- theta + gamma O(d), d = CAGrad of the clients' updates, O the server's momentum.
+    """theta <- theta + gamma O(d), d = CAGrad of the clients' updates, O the server's optimizer.
 
     The method's overview figure adds the gradient of the updates' inner products to the averaged step; read literally
     that is extra averaging. Here the term is defined in update space, on the updates' Gram matrix. With clustered
-    encoders each cluster makes a step of its own from its own updates.
+    encoders each cluster makes a step of its own from its own updates; the first stages may be shared by all clusters,
+    which start equal and make equal steps there. A cluster that comes later has no momentum yet in its shared stages.
     """
 
     name: ClassVar[str] = "fedcmt"
@@ -45,6 +72,31 @@ class FedCMT(Strategy):
             return SHARED
         return f"{client.modality} {client.task} {client.target}"
 
+    def adaptor_key(self, client: ClientDescription) -> str:
+        """By modality and channels, unless set otherwise."""
+        return adaptor_key(client, self.settings.adaptors)
+
+    def server_optimizer(self, round_index: int, rounds: int) -> ServerOptimizer:
+        """Momentum, or the chosen rule."""
+        return self.settings.rule(round_index, rounds)
+
+    def segments(self, layout: FlatLayout) -> list[int] | None:
+        """The stages; the shared and the clusters' own where stages make no steps of their own.
+
+        Raises:
+            InputError: All stages would be shared.
+        """
+        bounds, shared = stage_bounds(layout), self.settings.shared_stages
+        if shared >= len(bounds) - 1:
+            raise InputError(
+                f"the encoder has {len(bounds) - 1} stages, found {shared} shared ones",
+                field="strategy.shared_stages",
+                fix="use fewer, or encoders: shared",
+            )
+        if self.settings.per_stage:
+            return bounds
+        return [0, bounds[shared], layout.size] if shared else None
+
     def weights(self, updates: RoundUpdates) -> Tensor:
         """CAGrad's weights around the mean by numbers of cases."""
         return self._conflict_averse(updates.total_gram, updates.num_cases)
@@ -54,16 +106,22 @@ class FedCMT(Strategy):
         return lengthened(weights, gram, self.settings.step_length)
 
     def combine(self, updates: RoundUpdates) -> Combination:
-        """A row of weights for each encoder, over the updates of those who share it."""
-        rows = torch.zeros(len(updates.targets), len(updates.clients), dtype=torch.float64)
+        """Rows of weights for each encoder and segment, over the updates of those who share it."""
+        grams = updates.gram.view(-1, *updates.gram.shape[-2:])
+        rows = torch.zeros(len(updates.targets), len(grams), len(updates.clients), dtype=torch.float64)
         keys = [self.encoder_key(client) for client in updates.clients]
-        for row, target in zip(rows, updates.targets, strict=True):
-            own = [i for i, key in enumerate(keys) if key == target]
-            if own:
-                row[own] = self._conflict_averse(updates.total_gram[own][:, own], updates.num_cases[own])
-        return Combination(rows if len(rows) > 1 else rows[0])
+        for segment, gram in enumerate(grams):
+            # Without stages of their own the shared ones are the first segment.
+            shared = segment < (self.settings.shared_stages if self.settings.per_stage else len(grams) - 1)
+            for row, target in zip(rows, updates.targets, strict=True):
+                own = [i for i, key in enumerate(keys) if shared or key == target]
+                if own:
+                    row[segment, own] = self._conflict_averse(gram[own][:, own], updates.num_cases[own])
+        if updates.gram.dim() == 3:
+            return Combination(rows)
+        return Combination(rows[:, 0] if len(rows) > 1 else rows[0, 0])
 
     @property
     def client_work(self) -> ClientWork:
-        """Distillation and adoption, where asked for."""
-        return ClientWork(distillation=self.settings.distillation, adoption=self.settings.adoption)
+        """What the settings ask for."""
+        return self.settings.work()

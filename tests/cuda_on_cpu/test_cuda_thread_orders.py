@@ -28,7 +28,8 @@ def test_every_operation_matches_float64(reports: dict[tuple[str, int], tuple[in
     lines = report.splitlines()
     assert status == 0, [line for line in lines if not line.startswith("ok ")][:20]
     operations = {line.split()[1] for line in lines}
-    assert operations == {"gramian", "server_step", "weighted_mean", "screen", "project_conflicts"}
+    updates = {"gramian", "server_step", "weighted_mean", "screen", "project_conflicts"}
+    assert operations == updates | {"warp_patch", "change_intensities"}
     assert len(lines) > 1000
 
 

@@ -178,5 +178,7 @@ void check_server_step(Effort effort);
 void check_weighted_mean(Effort effort);
 void check_screen(Effort effort);
 void check_project_conflicts(Effort effort);
+void check_warp_patch(Effort effort);
+void check_change_intensities(Effort effort);
 
 }  // namespace checks

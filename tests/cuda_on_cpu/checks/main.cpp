@@ -17,6 +17,8 @@ constexpr Operation kOperations[] = {
     {"weighted_mean", checks::check_weighted_mean},
     {"screen", checks::check_screen},
     {"project_conflicts", checks::check_project_conflicts},
+    {"warp_patch", checks::check_warp_patch},
+    {"change_intensities", checks::check_change_intensities},
 };
 
 checks::Effort parse_effort(const char* name) {

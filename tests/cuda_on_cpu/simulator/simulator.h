@@ -233,6 +233,12 @@ using std::isnan;
 using std::max;
 using std::min;
 
+// The engine is compiled without contraction or fused instructions: every result is rounded.
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline double __dadd_rn(double a, double b) { return a + b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
+
 inline unsigned __float_as_uint(float value) {
   return cuda_on_cpu::from_word<unsigned>(cuda_on_cpu::to_word(value));
 }
