@@ -6,6 +6,7 @@
 
 #include "bindings.h"
 #include "labels.h"
+#include "norm.h"
 #include "ops.h"
 
 namespace {
@@ -229,6 +230,17 @@ bool logits_to_labels_cpu(Address logits, const Strides& shape, const Strides& l
   return fedcmt::cpu::logits_to_labels(a, num_threads);
 }
 
+void instance_norm_cpu(Address values, const std::tuple<int64_t, int64_t, int64_t>& shape,
+                       Address weight, Address bias, double epsilon, float slope,
+                       int num_threads) {
+  const auto [instances, channels, size] = shape;
+  const fedcmt::NormArguments arguments{pointer<float>(values), instances, channels, size,
+                                        pointer<const float>(weight), pointer<const float>(bias),
+                                        epsilon, slope};
+  const py::gil_scoped_release release;
+  fedcmt::cpu::instance_norm(arguments, num_threads);
+}
+
 void define_cpu(py::module_& m) {
   m.def("gramian_cpu", &gramian_cpu);
   m.def("gramian_row_cpu", &gramian_row_cpu);
@@ -237,6 +249,7 @@ void define_cpu(py::module_& m) {
   m.def("screen_cpu", &screen_cpu);
   m.def("project_conflicts_cpu", &project_conflicts_cpu);
   m.def("logits_to_labels_cpu", &logits_to_labels_cpu);
+  m.def("instance_norm_cpu", &instance_norm_cpu);
   m.def("available_cpu_paths", &fedcmt::cpu::available_paths);
   m.def("cpu_path", &fedcmt::cpu::current_path);
   m.def("set_cpu_path", &fedcmt::cpu::set_path, py::arg("name"));

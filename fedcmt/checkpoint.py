@@ -272,7 +272,8 @@ def export_nnunet_model(folder: ClientFolder, target: Path) -> None:
     part = target.with_name(f".{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     write_json(part / "plans.json", plans)
-    write_json(part / "dataset.json", dataset_json)
+    # A list of training cases is of no use elsewhere and names the site's folders.
+    write_json(part / "dataset.json", {key: value for key, value in dataset_json.items() if key != "dataset"})
     write_json(part / FACTS, facts)
     checkpoint = io.BytesIO()
     torch.save(

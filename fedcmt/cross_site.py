@@ -127,7 +127,7 @@ def _segmentations(
     classes, cases, rows = scored_classes(data.labels), _with_truth(data), []
     for identifier, case in cases.items():
         try:
-            predicted = predictor.predict(read_volume(case.images)).data[0]
+            predicted = predictor.predict(read_volume(case.images), case=case.identifier).data[0]
             truth = read_volume(case.label or "", dtype=None)
         except InputError as error:
             raise error.located(case=identifier) from None
@@ -156,7 +156,8 @@ def _classes(predictor: Predictor, model: RawDataset, data: RawDataset) -> tuple
     chances = []
     for identifier, case in cases.items():
         try:
-            chances.append(np.asarray(predictor.predict_case(read_volume(case.images)).probabilities)[order])
+            predicted = predictor.predict_case(read_volume(case.images), case=case.identifier)
+            chances.append(np.asarray(predicted.probabilities)[order])
         except InputError as error:
             raise error.located(case=identifier) from None
     mean = classification_scores(np.stack(chances), np.array([data.case_class[case] for case in cases]))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -208,6 +208,7 @@ def inspect_images(dataset: RawDataset, problems: Problems, *, client: str | Non
     """Checks images as ``check_images`` does, and goes on after a problem."""
     warnings: list[str] = []
     codes: Counter[str] = Counter()
+    shapes: dict[str, tuple[int, ...]] = {}
     seen: dict[str, tuple[str, str]] = {}
     voxels = 0
     sets = [("training", case) for case in dataset.train.values()]
@@ -220,11 +221,13 @@ def inspect_images(dataset: RawDataset, problems: Problems, *, client: str | Non
             found += _check_label(case, image, dataset)
         if image is not None:
             found[:0] = image_warnings(image, dataset.channel_names)
+            shapes[case.identifier] = image.data.shape[1:]
             codes[axis_codes(image.affine)] += split == "training"
             voxels += image.data[0].size * (split == "training")
             with problems.caught(client=client, case=case.identifier):
                 found += _same_image(image, split, case.identifier, seen)
         warnings += [str(InputError(text, client=client, case=case.identifier)) for text in found]
+    warnings += [str(InputError(text, client=client, case=case)) for case, text in _small_images(shapes)]
     orientations = {code: number for code, number in codes.most_common() if number}
     if len(orientations) > 1:
         stored = ", ".join(f"{code} ({number})" for code, number in orientations.items())
@@ -248,13 +251,29 @@ def _digest(image: Volume) -> str:
 
 
 def image_warnings(image: Volume, channel_names: Sequence[str]) -> Iterator[str]:
-    """What is odd about an image ``[C, D, H, W]`` but can be worked with: constant channels, very few voxels."""
+    """What is odd about an image ``[C, D, H, W]`` but can be worked with: constant channels."""
     names = channel_names if len(channel_names) == len(image.data) else [str(i) for i in range(len(image.data))]
     for name, channel in zip(names, image.data, strict=True):
         if channel.min() == channel.max():
             yield f"channel '{name}' is constant ({channel.flat[0]:g})"
-    if min(image.data.shape[1:]) < _SMALL_EXTENT:
-        yield f"the image is only {image.data.shape[1:]} voxels (D, H, W); patches will be padded"
+
+
+def _small_images(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str | None, str]]:
+    """One line for all images of very few voxels along an axis. A dataset of single slices is nothing odd.
+
+    Args:
+        shapes: Case to (D, H, W).
+
+    Yields:
+        The case, where it is only one, and the text.
+    """
+    first = 1 if all(shape[0] == 1 for shape in shapes.values()) else 0
+    small = [case for case, shape in shapes.items() if min(shape[first:]) < _SMALL_EXTENT]
+    if len(small) == 1:
+        yield small[0], f"the image is only {shapes[small[0]]} voxels (D, H, W); patches will be padded"
+    elif small:
+        reason = f"{len(small)} images have fewer than {_SMALL_EXTENT} voxels along an axis"
+        yield None, f"{reason}, '{small[0]}' is {shapes[small[0]]} (D, H, W); patches will be padded"
 
 
 def _check_label(case: Case, image: Volume | None, dataset: RawDataset) -> list[str]:

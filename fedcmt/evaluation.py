@@ -22,6 +22,7 @@ from fedcmt.files import read_json, write_text
 from fedcmt.metrics import surface_distances_mm
 from fedcmt.volume import READABLE_ENDINGS, Volume, geometry_difference, has_ending, read_volume
 
+ENTROPY_SUFFIX = "_entropy"  # of the maps that prediction writes beside label maps, on request
 METRICS = ("Dice", "IoU", "TP", "FP", "FN", "TN", "n_pred", "n_ref", "ASSD", "HD95")
 
 
@@ -188,7 +189,8 @@ def _maps(folder: Path, field: str) -> dict[str, Path]:
                     f"{found[stem].name} and {path.name} are of the same case", case=stem, field=field, fix="keep one"
                 )
             found[stem] = path
-    return found
+    companions = [stem for stem in found if stem.endswith(ENTROPY_SUFFIX) and stem[: -len(ENTROPY_SUFFIX)] in found]
+    return {stem: path for stem, path in found.items() if stem not in companions}
 
 
 def _pairs(predictions: Path, truth: Path, chill: bool) -> tuple[dict[str, tuple[Path, Path]], list[str]]:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
+from fedcmt.allocator import reuse_large_blocks
 from fedcmt.case_progress import open_progress
 from fedcmt.checkpoint import ClientFolder, existing_client
 from fedcmt.command import run_command
@@ -177,6 +179,9 @@ def _predict(options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     options = _arguments(arguments)
+    reuse_large_blocks()
+    # NumPy's about a scan without a voxel above 0, which has its own line.
+    warnings.filterwarnings("ignore", "Mean of empty slice|Degrees of freedom|invalid value", RuntimeWarning)
     return run_command(lambda: _predict(options))
 
 

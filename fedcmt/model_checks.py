@@ -56,9 +56,21 @@ def check_model(
         _check_plans(plans, configuration, dimensions, channels, files["plans"])
     with problems.caught(field="model"):
         _check_facts(facts, dimensions, files["facts"])
+    with problems.caught():
+        check_finite(tensors, files["weights"])
+    problems.raise_any()
+
+
+def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse weights that are no numbers.
+
+    Raises:
+        InputError: Every tensor with NaN or Inf, at once.
+    """
+    problems = Problems()
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            reason = f"{files['weights']} holds NaN or Inf in '{name}'"
+            reason = f"{path} holds NaN or Inf in '{name}'"
             problems.add(InputError(reason, field="model", fix="restore the file from its source"))
     problems.raise_any()
 

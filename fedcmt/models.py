@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fedcmt.checkpoint import FACTS, ClientFolder, load_model
 from fedcmt.errors import InputError
 from fedcmt.files import check_same_tensors, read_json
+from fedcmt.model_checks import check_finite
 from fedcmt.network import FedCMTClassifier, build_network, configuration_name
 
 CHECKPOINT = "checkpoint_final.pth"
@@ -110,6 +111,7 @@ def _nnunet_model(folder: NnunetFolder) -> Model:
     network = _network(folder.path, plans, configuration, dataset_json, names)
     for file, fold in zip(files, weights, strict=True):
         check_same_tensors(network.state_dict(), fold, source=file)
+        check_finite(fold, file)
     network.load_state_dict(weights[0], assign=True)
     folds = tuple(weights) if len(weights) > 1 else ()
     axes = tuple(map(int, mirror_axes))

@@ -170,11 +170,12 @@ class Predictor:
         document = self._model.dataset_json
         return list(document.get("channel_names", document.get("modality", {})).values())
 
-    def predict(self, volume: Volume) -> Volume:
+    def predict(self, volume: Volume, *, case: str = "volume") -> Volume:
         """Segment a volume.
 
         Args:
             volume: `[C, D, H, W]`, channels as in training.
+            case: Its name in warnings, which are those of :meth:`predict_case`.
 
         Returns:
             The label map `[1, D, H, W]` on the same grid.
@@ -184,16 +185,26 @@ class Predictor:
         """
         if self.task != "segmentation":
             raise InputError("this model classifies and makes no label maps", field="task", fix="use predict_case")
-        labels = self.predict_case(volume).labels
+        labels = self.predict_case(volume, case=case).labels
         return replace(volume, data=np.asarray(labels)[None])
 
-    def predict_case(self, volume: Volume, *, probabilities: bool = False) -> Prediction:
+    def predict_case(self, volume: Volume, *, probabilities: bool = False, case: str = "volume") -> Prediction:
         """Segment or classify a volume `[C, D, H, W]`.
+
+        As the command does, it says on stderr if the volume is constant or in none of the training data's orientations;
+        :func:`fedcmt.orientation.reoriented` turns it.
+
+        Args:
+            volume: Channels as in training.
+            probabilities: Of a segmentation, return them too.
+            case: Its name in warnings.
 
         Raises:
             InputError: Wrong number of channels.
         """
-        return self._finish(self._compute(self._prepare(volume)), probabilities)
+        self._check_channels(volume)
+        fitted = fitted_scan(volume, self._model.plans, self._channel_names, case)
+        return self._finish(self._compute(self._prepare(fitted)), probabilities)
 
     def predict_files(
         self,
@@ -255,12 +266,15 @@ class Predictor:
         return predictions
 
     def _prepare(self, volume: Volume) -> _Loaded:
+        self._check_channels(volume)
+        return _Loaded(volume, [model.prepare(volume) for model in self._models])
+
+    def _check_channels(self, volume: Volume) -> None:
         if volume.data.shape[0] != self.num_channels:
             raise InputError(
                 f"expected {self.num_channels} channels ({', '.join(self._channel_names)}), got {volume.data.shape[0]}",
                 field="channels",
             )
-        return _Loaded(volume, [model.prepare(volume) for model in self._models])
 
     @torch.inference_mode()
     def _compute(self, loaded: _Loaded, on_advance: OnAdvance | None = None) -> _Computed:

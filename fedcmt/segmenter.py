@@ -14,6 +14,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor
 
 from fedcmt.errors import InputError, RunError
+from fedcmt.lean_network import make_lean
 from fedcmt.models import Model
 from fedcmt.ops import logits_to_labels
 from fedcmt.precision import LEAST_AGREEMENT, PARITY_TILES, Precision, agreement, faster_network
@@ -81,6 +82,8 @@ class Segmenter:
         self.model = model
         self._device = device
         self._network = model.network.to(device)
+        if device.type == "cpu" and precision == "exact":
+            make_lean(self._network)
         self._precision: Precision = precision
         self._note = note
         self._faster: dict[int, Network] = {}

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
+from fedcmt.orientation import reoriented
 from fedcmt.volume import Volume, read_volume
 
 IMAGE_FILES = {
@@ -166,9 +167,10 @@ def brain_structures(files: Path, subject: str) -> DemoCase:
     """Returns a T1 template with the structures of the AAL2 atlas, and "ignore" where the atlas is too coarse.
 
     The atlas has 2 mm voxels. Unlabelled brain that touches a structure on the template's 1 mm grid may belong to
-    it, so it is left out of training and scoring.
+    it, so it is left out of training and scoring. The templates are published in different orientations (LAS and RAS),
+    which a network cannot know; all are stored as RAS.
     """
-    image = read_volume(files / IMAGE_FILES[subject], dtype=None)
+    image = stored_as_ras(read_volume(files / IMAGE_FILES[subject], dtype=None))
     atlas = resample_nearest(read_volume(files / "atlas_aal.nii.gz", dtype=np.int32), image)
     brain = image.data[0] > 0
     labels = np.zeros(atlas.shape, np.uint8)
@@ -177,6 +179,12 @@ def brain_structures(files: Path, subject: str) -> DemoCase:
     near = ndimage.binary_dilation(labels > 0)
     labels[near & (labels == 0) & (atlas == 0) & brain] = len(AAL_STRUCTURES) + 1
     return DemoCase((image,), labels)
+
+
+def stored_as_ras(volume: Volume) -> Volume:
+    """Returns a volume whose voxel axes x, y and z point right, forward and up, every voxel at its place."""
+    turned = reoriented(volume, "RAS")
+    return Volume(turned.data, turned.spacing, turned.affine)
 
 
 def resample_nearest(labels: Volume, grid: Volume) -> np.ndarray:

@@ -36,7 +36,7 @@ from fedcmt.dataset import check_images, load_dataset
 from fedcmt.errors import InputError
 from fedcmt.volume import write_segmentation, write_volume
 
-VERSION = 1
+VERSION = 2
 
 # Subjects that are in imagesTs wherever they appear; all others are in imagesTr.
 TEST_SUBJECTS = frozenset({"lung1", "brain2", "mni_2009c"})

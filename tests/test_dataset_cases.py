@@ -195,3 +195,20 @@ def test_only_ignore_counts_as_all_background(folder: Path) -> None:
     edit(folder, labels={"background": 0, "liver": 1, "spleen": 2, "ignore": 3})
     save(folder / LABEL, np.full(SHAPE, 3, np.uint8))
     assert "background" in check_images(load(folder))[0]
+
+
+def test_images_of_few_voxels_are_one_line_and_slices_none(folder: Path) -> None:
+    def rewrite(shape: tuple[int, int, int], *cases: str) -> list[str]:
+        for path in [*folder.glob("images*/*"), *folder.glob("labels*/*")]:
+            if path.name.startswith(cases):
+                save(path, np.random.default_rng(len(path.name) + path.stat().st_size).integers(0, 3, shape, np.uint8))
+        return [line for line in check_images(load(folder)) if "padded" in line]
+
+    assert rewrite((12, 11, 10), "case") == []
+    (line,) = rewrite((12, 11, 5), "case")
+    assert "3 images have fewer than 8 voxels along an axis, 'case_1' is (5, 11, 12) (D, H, W)" in line
+    (line,) = rewrite((12, 11, 10), "case_1", "case_9")
+    assert "case 'case_2': the image is only (5, 11, 12) voxels" in line
+    assert rewrite((12, 11, 1), "case") == []
+    (line,) = rewrite((12, 11, 10), "case_1")
+    assert "2 images have" in line

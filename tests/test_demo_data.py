@@ -17,7 +17,7 @@ import pytest
 
 from fedcmt.dataset import check_images, load_dataset
 from fedcmt.errors import InputError
-from fedcmt.volume import Volume, read_volume, write_segmentation, write_volume
+from fedcmt.volume import Volume, axis_codes, read_volume, write_segmentation, write_volume
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -169,16 +169,20 @@ def test_failed_dataset_leaves_nothing(tmp_path: Path) -> None:
 def test_structures_follow_the_atlas(tmp_path: Path) -> None:
     atlas = np.zeros((6, 7, 8), np.uint16)
     atlas[2, 3, 3], atlas[2, 3, 5], atlas[4, 5, 5] = 7101, 9051, 4111  # thalamus, cerebellum, another structure
-    image = make_volume(np.ones_like(atlas, dtype=np.int16), (2.0, 2.0, 2.0))
+    grid = np.diag([-2.0, 2.0, 2.0, 1.0])  # LAS, as one of the templates is published
+    image = Volume(np.ones((1, *atlas.shape), np.int16), (2.0, 2.0, 2.0), grid)
     image.data[0, 1] = 0  # outside the brain
     write_volume(image, tmp_path / demo_cases.IMAGE_FILES["mni_fsl"])
     write_segmentation(image, atlas, tmp_path / "atlas_aal.nii.gz")
     case = demo_cases.brain_structures(tmp_path, "mni_fsl")
+    assert axis_codes(case.channels[0].affine) == "RAS"
     ignore = len(demo_cases.AAL_STRUCTURES) + 1
-    assert (case.labels[2, 3, 3], case.labels[2, 3, 5], case.labels[4, 5, 5]) == (1, 5, 0)
-    assert case.labels[2, 3, 4] == case.labels[3, 3, 3] == ignore
-    assert case.labels[1, 3, 3] == 0
-    np.testing.assert_array_equal(case.channels[0].data, read_volume(tmp_path / "MNI152_T1_1mm_brain.nii.gz").data)
+    labels = case.labels[..., ::-1]  # x the other way round
+    assert (labels[2, 3, 3], labels[2, 3, 5], labels[4, 5, 5]) == (1, 5, 0)
+    assert labels[2, 3, 4] == labels[3, 3, 3] == ignore
+    assert labels[1, 3, 3] == 0
+    published = read_volume(tmp_path / "MNI152_T1_1mm_brain.nii.gz").data
+    np.testing.assert_array_equal(case.channels[0].data, published[..., ::-1])
 
 
 def make_archive(path: Path, members: dict[str, bytes]) -> Path:

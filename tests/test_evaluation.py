@@ -54,6 +54,17 @@ def nnunet_summary(predicted: Path, truth: Path, document: dict[str, Any], outpu
     return json.loads(output.read_text())
 
 
+def test_entropy_maps_beside_the_predictions_are_passed_over(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    predicted, truth = folders
+    (truth.parent / "dataset.json").write_text(json.dumps(PLAIN))
+    for name in ("case_0_entropy", "other_entropy"):
+        save(predicted / f"{name}.nii.gz", np.full((12, 11, 10), 0.5, np.float32))
+    summary, _, remarks = evaluate_segmentations(predicted, truth, tmp_path / "summary.json")
+    assert len(summary["metric_per_case"]) == 3
+    assert len(remarks) == 1
+    assert "other_entropy" in remarks[0]
+
+
 class _HerePool:
     def __init__(self, *_: object) -> None: ...
 

@@ -216,6 +216,8 @@ def test_classification_is_scored_tabulated_and_exported(
     assert "nnUNetv2_predict_from_modelfolder" not in capsys.readouterr().out  # it cannot classify
     facts, plans = (json.loads((model / name).read_text()) for name in ("model.json", "plans.json"))
     assert facts["class_names"] == entry["class_names"]
+    assert "dataset" in json.loads(existing_client(workspace, client).dataset_json.read_text())
+    assert "dataset" not in json.loads((model / "dataset.json").read_text())  # it names the site's folders
     architecture = next(iter(plans["configurations"].values()))["architecture"]
     exported = build_network(architecture, 1, facts["num_heads"]).eval()
     saved = torch.load(model / "fold_0" / "checkpoint_final.pth", weights_only=True)

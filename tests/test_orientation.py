@@ -12,7 +12,7 @@ from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
 from fedcmt.errors import InputError
 from fedcmt.files import read_json
-from fedcmt.infer import main
+from fedcmt.infer import Predictor, main
 from fedcmt.orientation import ORIENTATIONS_KEY, fitted_scan, reoriented
 from fedcmt.predictor import entropy_map
 from fedcmt.volume import axis_codes, read_volume, write_segmentation, write_volume
@@ -132,3 +132,6 @@ def test_a_turned_scan_gets_the_labels_of_the_unturned_one(
     np.testing.assert_allclose(entropy.affine, turned.affine)
     assert main([*options, "-i", str(tmp_path / "turned.nii.gz")]) == 0
     assert "axes point to SRA" in capsys.readouterr().err
+    predictor = Predictor.from_workspace(workspace, "ct_plain", device="cpu", mirroring=False)
+    predictor.predict(read_volume(tmp_path / "turned.nii.gz"), case="turned")
+    assert "case 'turned': its axes point to SRA" in capsys.readouterr().err

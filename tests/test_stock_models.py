@@ -124,6 +124,8 @@ class Malicious:
         ("fold", ["--folds", "use 0, 1"]),
         ("cascade", ["cascade", "nnUNetv2_predict"]),
         ("reader", ["NibabelIOWithReorient"]),
+        ("pictures", ["NaturalImage2DIO", "nnUNetv2_predict"]),
+        ("not a number", ["checkpoint_final.pth", "NaN or Inf", "seg_layers"]),
     ],
 )
 def test_a_damaged_model_is_one_line(
@@ -157,6 +159,12 @@ def test_a_damaged_model_is_one_line(
         configuration["previous_stage"] = "3d_lowres"
     elif damage == "reader":
         plans["image_reader_writer"] = "NibabelIOWithReorient"
+    elif damage == "pictures":
+        plans["image_reader_writer"] = "NaturalImage2DIO"
+    elif damage == "not a number":
+        saved = torch.load(checkpoint, weights_only=False)  # written by this test's fixture
+        saved["network_weights"]["decoder.seg_layers.0.bias"][0] = float("nan")
+        torch.save(saved, checkpoint)
     if copy.is_dir():
         (copy / "plans.json").write_text(json.dumps(plans))
     assert run(copy, scan, tmp_path / "out", *flags) == 2
@@ -165,6 +173,15 @@ def test_a_damaged_model_is_one_line(
     assert all(part in lines[0] for part in parts), lines[0]
     assert not (tmp_path / "executed").exists()
     assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_scan_is_one_warning(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in").mkdir()
+    image = sitk.GetImageFromArray(np.zeros((18, 20, 22), np.float32))
+    sitk.WriteImage(image, str(tmp_path / "in" / "empty_0000.nii.gz"))
+    assert run(model, tmp_path / "in" / "empty_0000.nii.gz", tmp_path / "out", "--folds", "0") == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("case 1/1")]
+    assert "channel 'MR0' is constant (0)" in line
 
 
 def test_logits_that_overflow_are_an_error_and_not_labels(model: Path, scan: Path, tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ inline UintVector multiply_high(UintVector a, uint32_t factor) {
 
 const BlockKernels kAvx512Kernels = {
     "avx512", gramian_block, gramian_row_block, server_step_block, weighted_sum_block, screen_block,
-    warp_rows,     &kIntensityKernels,
+    warp_rows,     &kIntensityKernels, instance_norm_block,
 };
 
 }  // namespace cpu

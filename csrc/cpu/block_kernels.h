@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "../norm.h"
 #include "../ops.h"
 #include "../patch.h"
 #include "intensity_kernels.h"
@@ -46,6 +47,9 @@ struct BlockKernels {
   void (*warp_rows)(const WarpArguments& arguments, int64_t begin, int64_t end);
 
   const IntensityKernels* intensities;
+
+  // Channel counts from 0 to instances * channels.
+  void (*instance_norm)(const NormArguments& arguments, int64_t channel);
 };
 
 extern const BlockKernels kPlainKernels;

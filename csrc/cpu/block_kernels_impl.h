@@ -14,3 +14,4 @@
 #include "screen_impl.h"
 #include "warp_impl.h"
 #include "intensity_impl.h"
+#include "norm_impl.h"

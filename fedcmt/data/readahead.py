@@ -167,7 +167,7 @@ class ReadAhead(Generic[Item]):
 
     def _hand_out(self) -> None:
         with self._shared.changed:
-            until = min(self._next + 1 + self._ahead, self._end)
+            until = min(self._next + self._ahead, self._end)
             self._shared.waiting.extend(range(self._given, until))
             self._given = max(self._given, until)
             self._shared.changed.notify_all()

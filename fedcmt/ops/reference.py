@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from fedcmt.ops._stats import ScreenStats, StepStats
 from fedcmt.ops.intensity_reference import change_intensities as change_intensities
@@ -213,6 +214,12 @@ def logits_to_labels(
             for chance, value in zip(torch.from_numpy(rounded).float().sigmoid(), region_values, strict=True):
                 plane[(chance > 0.5).numpy()] = value
     return labels
+
+
+def instance_norm_(x: Tensor, weight: Tensor, bias: Tensor, *, epsilon: float, negative_slope: float) -> Tensor:
+    """See :func:`fedcmt.ops.instance_norm_`."""
+    normalized = functional.instance_norm(x, None, None, weight, bias, eps=epsilon)
+    return x.copy_(functional.leaky_relu_(normalized, negative_slope))
 
 
 def empty_labels(shape: Sequence[int], num_heads: int, region_values: Sequence[int] | None) -> Tensor:
