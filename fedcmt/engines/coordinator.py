@@ -9,12 +9,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
 from fedcmt import strategies
 from fedcmt.checkpoint import Workspace, results_of
-from fedcmt.config import FederationConfig, NvflareConfig, dump_config
+from fedcmt.config import FederationConfig, dump_config
 from fedcmt.continuing import check_same_federation
 from fedcmt.curves import Curves
 from fedcmt.device import choose_device
@@ -32,12 +29,11 @@ from fedcmt.engines.messages import (
     NotHeld,
     Score,
     Scored,
-    announce,
     checked_line,
 )
-from fedcmt.engines.privacy import DESTROYED, dequantized
+from fedcmt.engines.parameters import WireParameters, received_update
+from fedcmt.engines.privacy import DESTROYED
 from fedcmt.errors import InputError, RunError
-from fedcmt.exchange import ClientUpdate, Outgoing
 from fedcmt.files import read_json, write_json, write_text
 from fedcmt.initial_weights import read_weights, report_matches
 from fedcmt.report import write_report
@@ -88,7 +84,7 @@ class Coordinator:
         self._server: Server | None = None
         self._lines: list[dict[str, Any]] = []
         self._held: dict[str, dict[str, Announced]] = {}  # client -> parameters it has
-        self._announced: dict[int, tuple[Tensor, Tensor, Announced]] = {}
+        self._wire = WireParameters(WIRE_DTYPES[config.nvflare.wire_dtype])
         self._prepared: list[str] = []  # clients that can train in this job
         self._here: list[str] = []  # those of them that are connected
         self._unavailable: dict[str, str] = {}
@@ -219,7 +215,7 @@ class Coordinator:
         here = [name for name in server.members if name in self._here]
         now.absent = {n: self._unavailable.get(n, "not connected") for n in self._expected(round_index) - set(here)}
         self._note(f"round {round_index}/{self._config.rounds}: {', '.join(here)} train")
-        self._announced.clear()
+        self._wire.forget()
         self._ask_to_fit(now, here, resend=False)
         if now.not_held:
             self._ask_to_fit(now, now.not_held, resend=True)
@@ -230,7 +226,7 @@ class Coordinator:
             told = "; ".join(f"{name}: {reason}" for name, reason in sorted(reasons.items()))
             raise RunError(f"round {round_index}: {len(server.accepted)} updates, {quorum} are needed ({told})")
         server_line = server.finish()
-        self._announced.clear()
+        self._wire.forget()
         self._ask_to_close(now)
         return self._round_lines(now, server_line)
 
@@ -264,7 +260,7 @@ class Coordinator:
     def _fit_request(self, name: str, round_index: int, *, resend: bool) -> Message:
         assert self._server is not None
         outgoing, config = self._server.outgoing(name), self._config.nvflare
-        parameters, tensors = self._parameters(outgoing)
+        parameters, tensors = self._wire.of(outgoing)
         held = parameters is not None and self._held.get(name) == parameters and not resend
         body = Fit(
             round=round_index,
@@ -275,21 +271,6 @@ class Coordinator:
             reply_dtype=config.wire_dtype,
         )
         return Message(body, {} if held else tensors, {} if held else parameters)
-
-    def _parameters(self, outgoing: Outgoing | None) -> tuple[dict[str, Announced] | None, dict[str, Tensor]]:
-        """Tensors for a client in the wire's precision, each made and summed once a round."""
-        if outgoing is None:
-            return None, {}
-        tensors, announced = {}, {}
-        for part in ("encoder", "adaptor", "decoder"):
-            tensor = getattr(outgoing, part)
-            if tensor is None:
-                continue
-            if id(tensor) not in self._announced:
-                wired = tensor.detach().to(WIRE_DTYPES[self._config.nvflare.wire_dtype]).cpu().contiguous()
-                self._announced[id(tensor)] = (tensor, wired, announce(wired))
-            _, tensors[part], announced[part] = self._announced[id(tensor)]
-        return announced, tensors
 
     def _state_round(self, name: str) -> int:
         """The last round that a client has closed."""
@@ -310,7 +291,7 @@ class Coordinator:
             return
         try:
             message.check()
-            update = _update(name, body, message, self._config.nvflare)
+            update = received_update(name, body, message, self._config.nvflare)
         except MessageError as error:
             reason = str(error)
             self._server.refuse(name, reason)
@@ -331,7 +312,7 @@ class Coordinator:
         assert self._server is not None
         requests = {}
         for name in now.went_on_from:
-            parameters, tensors = self._parameters(self._server.outgoing(name))
+            parameters, tensors = self._wire.of(self._server.outgoing(name))
             body = Close(
                 round=now.index,
                 refused=self._server.refused.get(name),
@@ -413,26 +394,3 @@ class Coordinator:
         write_json(path, results | ({"unscored": unscored} if unscored else {}))
         self._note(f"report: {write_report(self._workspace.path)}")
         self._tell("finished")
-
-
-def _update(name: str, body: Fitted, message: Message, wire: NvflareConfig) -> ClientUpdate:
-    """The update in a message; adaptor and decoder in float32, the encoder as it came.
-
-    Raises:
-        MessageError: It is not in the form that was asked for.
-    """
-    tensors = dict(message.tensors)
-    if not {"encoder", "adaptor"} <= set(tensors) <= {"encoder", "adaptor", "decoder"}:
-        raise MessageError(f"update holds {sorted(tensors)}, expected encoder and adaptor")
-    states = (body.quantized or {}) if wire.quantizer == "adaquant" else {}
-    asked = {WIRE_DTYPES[wire.wire_dtype]} | ({torch.float16} if wire.quantizer == "float16" else set())
-    for part in ("encoder", "adaptor", "decoder"):
-        if part in states and part in tensors:
-            tensors[part] = dequantized(tensors[part], states[part])
-        elif part in tensors and tensors[part].dtype not in asked:
-            raise MessageError(f"{part} update is {tensors[part].dtype}, expected {wire.wire_dtype}")
-        if part in tensors and (part != "encoder" or tensors[part].dtype == torch.float16):
-            tensors[part] = tensors[part].float()
-    return ClientUpdate(
-        name, body.round, body.num_cases, tensors["encoder"], tensors["adaptor"], tensors.get("decoder")
-    )
