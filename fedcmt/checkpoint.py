@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from fedcmt.config import FederationConfig
 from fedcmt.errors import InputError
 from fedcmt.files import check_same_tensors, read_json, read_tensors, write_bytes, write_json, write_text
 from fedcmt.model_checks import check_model, check_topology
@@ -35,6 +36,12 @@ def _state_file(folder: Path, round_index: int) -> Path:
 def _saved_rounds(folder: Path) -> dict[int, Path]:
     found = {int(match[1]): path for path in folder.glob("round-*") if (match := _STATE.fullmatch(path.name))}
     return dict(sorted(found.items()))
+
+
+def _discard(folder: Path, round_index: int) -> None:
+    for saved, path in _saved_rounds(folder).items():
+        if saved <= round_index - _KEPT_ROUNDS or saved > round_index:
+            path.unlink()
 
 
 @dataclass(frozen=True)
@@ -83,9 +90,23 @@ class ClientFolder:
         """Folder of the states that resuming starts from."""
         return self.path / "state"
 
+    @property
+    def results(self) -> Path:
+        """Scores of the best model, kept at the client's site."""
+        return self.path / "results.json"
+
     def state(self, round_index: int) -> Path:
         """State after a round."""
         return _state_file(self.states, round_index)
+
+    def saved_rounds(self) -> list[int]:
+        """Rounds whose states are there, newest first."""
+        return sorted(_saved_rounds(self.states), reverse=True)
+
+    def discard_old_states(self, round_index: int) -> None:
+        """Delete states but the newest two up to a round that the client has just saved."""
+        for saved in [saved for saved in self.saved_rounds() if saved <= round_index][_KEPT_ROUNDS:]:
+            self.state(saved).unlink()
 
 
 @dataclass(frozen=True)
@@ -133,6 +154,29 @@ class Workspace:
         """The server after a round; its presence commits the round."""
         return _state_file(self.server, round_index)
 
+    @property
+    def known_clients(self) -> Path:
+        """What clients of a distributed run have told of themselves."""
+        return self.server / "clients.json"
+
+    @property
+    def log(self) -> Path:
+        """What a distributed run's server has to say, line by line."""
+        return self.server / "log.txt"
+
+    @property
+    def status(self) -> Path:
+        """Where a distributed run stands: running, paused with the reason, finished."""
+        return self.path / "status.json"
+
+    def saved_server_rounds(self) -> list[int]:
+        """Rounds whose server states are there, newest first; where clients keep their own, these commit alone."""
+        return sorted(_saved_rounds(self.server), reverse=True)
+
+    def discard_old_server_states(self, round_index: int) -> None:
+        """Delete the server's states that neither resuming nor its fallback needs after a commit."""
+        _discard(self.server, round_index)
+
     def client(self, name: str) -> ClientFolder:
         """A client's folder."""
         return ClientFolder(self.path / "clients" / name)
@@ -165,7 +209,8 @@ class Workspace:
         for folder in ("server", "clients", "predictions", "tensorboard"):
             shutil.rmtree(self.path / folder, ignore_errors=True)
         for path in (
-            self.config, self.contract, self.metrics, self.results, self.path / "report.html", self.cross_evaluation
+            self.config, self.contract, self.metrics, self.results, self.path / "report.html", self.cross_evaluation,
+            self.status,
         ):  # fmt: skip
             path.unlink(missing_ok=True)
 
@@ -186,9 +231,7 @@ class Workspace:
     def discard_old_states(self, round_index: int) -> None:
         """Delete states that neither resuming nor its fallback needs after a commit."""
         for folder in [self.server, *(self.path / "clients").glob("*/state")]:
-            for saved, path in _saved_rounds(folder).items():
-                if saved <= round_index - _KEPT_ROUNDS or saved > round_index:
-                    path.unlink()
+            _discard(folder, round_index)
 
     def read_metrics(self, up_to_round: int) -> list[dict[str, Any]]:
         """Lines of committed rounds; later ones belong to a round that was cut off."""
@@ -200,6 +243,16 @@ class Workspace:
     def write_metrics(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Write all lines."""
         write_text(self.metrics, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
+
+
+def results_of(config: FederationConfig, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The content of ``results.json``."""
+    return {
+        "federation": config.name,
+        "strategy": config.strategy.name,
+        "rounds": config.rounds,
+        "clients": list(entries),
+    }
 
 
 def existing_client(workspace: Path, name: str) -> ClientFolder:

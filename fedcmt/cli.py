@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedcmt import __version__
+from fedcmt.cli_nvflare import add_nvflare_commands
 from fedcmt.command import run_command
 from fedcmt.config import ClientConfig, TopologyConfig, load_config, validated
 from fedcmt.errors import InputError
@@ -27,16 +28,28 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="override a setting; may be repeated",
     )
     parser.add_argument("--fresh", action="store_true", help="start over instead of going on")
+    parser.add_argument(
+        "--engine",
+        choices=["inprocess", "nvflare", "nvflare-poc"],
+        default="inprocess",
+        help="inprocess; NVFlare's simulator; or separate local processes of a provisioned NVFlare (default inprocess)",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
     """Run or resume a federation."""
-    from fedcmt.federation import run_federation
-
     overrides = list(options.overrides)
     if options.workspace:
         overrides.append(f"workspace={str(options.workspace)!r}")
-    result = run_federation(load_config(options.config, overrides), fresh=options.fresh)
+    config = load_config(options.config, overrides)
+    if options.engine == "inprocess":
+        from fedcmt.federation import run_federation
+
+        result = run_federation(config, fresh=options.fresh)
+    else:
+        from fedcmt.engines.launch import run_on
+
+        result = run_on(options.engine, config, fresh=options.fresh, show=lambda line: print(line, flush=True))
     print(f"finished {result.rounds} rounds; open {result.workspace / 'report.html'}")
 
 
@@ -284,6 +297,7 @@ def _parser() -> argparse.ArgumentParser:
     exporting.add_argument("--client", required=True)
     exporting.add_argument("-o", "--output", type=Path, required=True, metavar="MODEL_FOLDER")
     command(doctor)
+    add_nvflare_commands(commands)
     return parser
 
 

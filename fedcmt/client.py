@@ -117,6 +117,11 @@ class Client:
             self.membership,
         )
 
+    @property
+    def layouts(self) -> dict[str, FlatLayout]:
+        """Of the parts of an update: which parameter stands where."""
+        return {"encoder": self.trainer.encoder_layout, "adaptor": self.trainer.adaptor_layout}
+
     def start_from(self, weights: Mapping[str, Tensor]) -> Matched:
         """Start the client's own decoder from a checkpoint; encoder and adaptor come from the server."""
         if self._personal is not None:

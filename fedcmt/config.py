@@ -122,6 +122,43 @@ class InferenceConfig(Settings):
     mirroring: bool = True
 
 
+class FilterConfig(BaseModel):
+    """An NVFlare privacy filter by name; its own settings are checked where it is made."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: Literal["percentile", "svt", "exclude"]
+
+    def settings(self) -> dict[str, Any]:
+        """Everything but the name."""
+        return dict(self.model_extra or {})
+
+
+class NvflareConfig(Settings):
+    """Running on NVFlare."""
+
+    wire_dtype: Literal["float32", "bfloat16"] = Field("float32", description="of parameters and updates under way")
+    min_clients: Count | None = Field(
+        None, description="updates without which a round is not finished; default: of more than half of its members"
+    )
+    round_timeout: float = Field(
+        3600, ge=1, le=10_000_000, description="seconds that a client has for training, and again for validation"
+    )
+    preparation_timeout: float = Field(
+        86_400, ge=1, le=10_000_000, description="seconds that a client has for planning and preprocessing"
+    )
+    start_timeout: float = Field(
+        600, ge=1, le=10_000_000, description="seconds that the server waits for clients to connect and prepare"
+    )
+    filters: list[FilterConfig] = Field([], description="privacy filters on every update, before it leaves the client")
+    quantizer: Literal["none", "float16", "adaquant"] = Field("none", description="of updates under way")
+
+    @model_validator(mode="after")
+    def _one_way_to_shorten(self) -> NvflareConfig:
+        if self.quantizer != "none" and self.wire_dtype != "float32":
+            raise ValueError("quantizer should be none with a wire_dtype other than float32")
+        return self
+
+
 class ClientConfig(Settings):
     """One site."""
 
@@ -189,11 +226,15 @@ class FederationConfig(Settings):
     workspace: Path | None = Field(None, description="default: workspace/<name>")
     preprocessing_workers: int = Field(2, ge=1, le=256)
     initial_weights: Path | None = Field(None, description="checkpoint that the encoder and adaptors start from")
+    quarantine_ratio: float | None = Field(
+        1000, gt=1, description="an update so many times larger than the others' median is not used; null: no limit"
+    )
     strategy: StrategyConfig = StrategyConfig()
     topology: TopologyConfig = TopologyConfig()
     training: TrainingConfig = TrainingConfig()
     data: DataConfig = DataConfig()
     inference: InferenceConfig = InferenceConfig()
+    nvflare: NvflareConfig = NvflareConfig()
 
     @model_validator(mode="before")
     @classmethod
@@ -208,6 +249,15 @@ class FederationConfig(Settings):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"clients should have distinct names, found '{twice[0]}' more than once")
+        return self
+
+    @model_validator(mode="after")
+    def _quorum_can_be_met(self) -> FederationConfig:
+        if self.nvflare.min_clients is not None and self.nvflare.min_clients > len(self.clients):
+            raise ValueError(
+                f"nvflare.min_clients should be at most the number of clients ({len(self.clients)}), "
+                f"found {self.nvflare.min_clients}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -293,6 +343,7 @@ def _fields_at(model: type[BaseModel], location: Sequence[str | int]) -> list[st
         "training": TrainingConfig,
         "data": DataConfig,
         "inference": InferenceConfig,
+        "nvflare": NvflareConfig,
     }
     names = [part for part in location if isinstance(part, str)]
     inner = nested.get(names[0]) if names else None

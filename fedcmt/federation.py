@@ -13,39 +13,22 @@ import torch
 from torch import Tensor
 
 from fedcmt import joint, strategies
-from fedcmt.checkpoint import Workspace, export_nnunet_model
+from fedcmt.checkpoint import Workspace, export_nnunet_model, results_of
 from fedcmt.client import Client
 from fedcmt.config import FederationConfig, dump_config, load_config
+from fedcmt.continuing import check_same_federation, first_rounds, patch_backend
 from fedcmt.curves import Curves
-from fedcmt.data.backend import BackendChoice, resolve_backend
-from fedcmt.data.nnunet_rules import NnunetRules
-from fedcmt.dataset import RawDataset, load_dataset
 from fedcmt.device import choose_device
 from fedcmt.display import Display, open_display
-from fedcmt.errors import InputError, Problems
+from fedcmt.errors import InputError
 from fedcmt.exchange import ClientUpdate
 from fedcmt.files import read_json, write_json, write_text
-from fedcmt.initial_weights import Matched, read_weights
-from fedcmt.plans import ClientPlan, check_client, prepare_client, shape_summary
-from fedcmt.preprocessing import preprocessing_warnings
+from fedcmt.initial_weights import read_weights, report_matches
+from fedcmt.plans import ClientPlan
+from fedcmt.preparation import load_datasets, prepare, write_client_description
 from fedcmt.report import write_report
 from fedcmt.scoring import score_client
 from fedcmt.server import Server
-from fedcmt.topology import AgreedTopology, TopologyContract
-
-# A workspace goes on only with the settings it was made with; these change no result of the rounds already done.
-_FREE_TO_CHANGE = {
-    "rounds",
-    "device",
-    "threads",
-    "backend",
-    "inference",
-    "workspace",
-    "raw",
-    "preprocessed",
-    "preprocessing_workers",
-    "data",  # but not its backend, see _patch_backend
-}
 
 
 @dataclass(frozen=True)
@@ -79,19 +62,19 @@ def run_federation(
         joint.check_clients(config.clients)
     device = choose_device(config.device)
     workspace = Workspace(config.workspace_folder())
-    datasets = _load_datasets(config)
+    datasets = load_datasets(config)
     if not fresh:
-        _check_same_federation(workspace, config)
-    backend = _patch_backend(config, device, None if fresh else workspace)
+        check_same_federation(workspace, config)
+    backend = patch_backend(config, device, None if fresh else workspace)
     config = config.model_copy(update={"data": config.data.model_copy(update={"backend": backend.name})})
     with ExitStack() as stack:
         names = [client.name for client in config.clients]
-        first = 1 if fresh else max(workspace.committed_rounds(_first_rounds(config)), default=0) + 1
+        first = 1 if fresh else max(workspace.committed_rounds(first_rounds(config)), default=0) + 1
         weights = _initial_weights(config, first)
         display: Display = open_display(config.rounds, names, first_round=first)
         stack.enter_context(display)
         display.note(f"patches: {backend.name} backend, {backend.reason}")
-        contract, plans = _prepare(config, datasets, display, None if fresh else workspace)
+        contract, plans = prepare(config, datasets, display.note, None if fresh else workspace)
         stack.enter_context(workspace.locked())
         work = strategy.client_work
         clients = [Client(c, config, plans[c.name], workspace.client(c.name), device, work) for c in config.clients]
@@ -103,6 +86,7 @@ def run_federation(
             rounds=config.rounds,
             device=device,
             backend=config.backend,
+            quarantine_ratio=config.quarantine_ratio,
             initial_weights=weights.get(config.initial_weights) if first == 1 else None,
             one_process=True,
         )
@@ -111,7 +95,10 @@ def run_federation(
         _start(config, weights, first, server, clients, display)
         if fresh:
             workspace.clear()
-        _write_descriptions(workspace, config, contract, plans)
+        write_text(workspace.config, dump_config(config))
+        write_json(workspace.contract, contract.as_json())
+        for name, plan in plans.items():
+            write_client_description(workspace.client(name), plan)
         lines = _resume(workspace, server, clients, display)
         curves = None if scores_only else stack.enter_context(Curves(workspace.tensorboard, server.round_index))
         for round_index in range(server.round_index + 1, config.rounds + 1):
@@ -135,13 +122,12 @@ def run_round(server: Server, clients: Sequence[Client], round_index: int, displ
     clients = [client for client in clients if client.membership.takes_part(round_index)]
     display.round_started(round_index, [client.name for client in clients])
     server.begin(round_index)
-    refused = {}
     for update in _updates(server, clients, round_index, display):
-        refused[update.client] = server.accept(update)
+        server.accept(update)
     server_line = server.finish()
     lines = []
     for client in clients:
-        lines.append(client.evaluate(server.outgoing(client.name), refused[client.name]))
+        lines.append(client.evaluate(server.outgoing(client.name), server.refused.get(client.name)))
         display.client_finished(lines[-1])
     display.round_finished(server_line)
     return [*lines, server_line]
@@ -171,63 +157,12 @@ def _joined(clients: Sequence[Client], round_index: int) -> list[Client]:
     return [client for client in clients if client.membership.joins_at_round <= round_index]
 
 
-def _first_rounds(config: FederationConfig) -> dict[str, int]:
-    return {client.name: client.joins_at_round for client in config.clients}
-
-
 def prepare_clients(config: FederationConfig) -> dict[str, ClientPlan]:
     """Preprocess and plan every client's dataset; see :func:`fedcmt.plans.prepare_client`."""
-    datasets = _load_datasets(config)
+    datasets = load_datasets(config)
     display: Display = open_display(config.rounds, [client.name for client in config.clients])
     with display:
-        return _prepare(config, datasets, display, None)[1]
-
-
-def _load_datasets(config: FederationConfig) -> list[RawDataset]:
-    """Read every client's dataset and compare it with the client's settings; all mistakes are raised at once."""
-    problems, datasets = Problems(), []
-    for client in config.clients:
-        with problems.caught(client=client.name):
-            datasets.append(load_dataset(config.folder("raw"), client.dataset, client=client.name))
-            check_client(client, datasets[-1])
-    problems.raise_any()
-    return datasets
-
-
-def _prepare(
-    config: FederationConfig, datasets: Sequence[RawDataset], display: Display, workspace: Workspace | None
-) -> tuple[AgreedTopology, dict[str, ClientPlan]]:
-    contract, plans = _contract(config, datasets, display, workspace), {}
-    for client, dataset in zip(config.clients, datasets, strict=True):
-        display.note(f"{client.name}: {dataset.name}, checking, planning and preprocessing what is new")
-        plan = prepare_client(
-            client, dataset, contract.topology, config.folder("preprocessed"), workers=config.preprocessing_workers
-        )
-        for warning in preprocessing_warnings(plan.folder):
-            display.note(f"{client.name}: warning: {warning}")
-        if plan.validates_on_training:
-            display.note(f"{client.name}: too few cases to hold one out, validating on training cases")
-        plans[client.name] = plan
-    return contract, plans
-
-
-def _contract(
-    config: FederationConfig, datasets: Sequence[RawDataset], display: Display, workspace: Workspace | None
-) -> AgreedTopology:
-    """The given topology, the one this workspace began with, or one chosen from what every client tells."""
-    if not config.topology.auto:
-        return AgreedTopology(TopologyContract.of(config.topology), {})
-    if workspace is not None and workspace.contract.is_file():
-        return AgreedTopology.from_json(workspace.contract)
-    told = {}
-    for client, dataset in zip(config.clients, datasets, strict=True):
-        display.note(f"{client.name}: {dataset.name}, shapes and spacings for the topology")
-        told[client.name] = shape_summary(
-            client, dataset, config.folder("preprocessed"), workers=config.preprocessing_workers
-        )
-    contract = TopologyContract.of(config.topology, list(told.values()))
-    display.note(f"topology chosen: strides {contract.arch_kwargs['strides']}, digest {contract.digest()[:12]}")
-    return AgreedTopology(contract, told)
+        return prepare(config, datasets, display.note, None)[1]
 
 
 def _initial_weights(config: FederationConfig, first: int) -> dict[Path | None, dict[str, Tensor]]:
@@ -255,94 +190,11 @@ def _start(
 ) -> None:
     """Start the clients' decoders, and print what everybody took from the checkpoints."""
     if config.initial_weights and first == 1:
-        _report_matches(config.initial_weights, server.matched, None, display)
+        report_matches(config.initial_weights, server.matched, None, display.note)
     for settings, client in zip(config.clients, clients, strict=True):
         if settings.initial_weights and settings.joins_at_round >= first:
             matched = client.start_from(weights[settings.initial_weights])
-            _report_matches(settings.initial_weights, {"decoder": matched}, client.name, display)
-
-
-def _report_matches(path: Path, matches: Mapping[str, Matched], client: str | None, display: Display) -> None:
-    for part, matched in matches.items():
-        for line in matched.lines():
-            display.note(f"{client + ': ' if client else ''}{path.name} -> {part}: {line}")
-    if not any(matched.taken for matched in matches.values()):
-        raise InputError(
-            f"nothing in {path} matches the {' or the '.join(matches)} by name and shape",
-            client=client,
-            field="initial_weights",
-            fix="use a checkpoint of the same topology",
-        )
-
-
-def _check_same_federation(workspace: Workspace, config: FederationConfig) -> None:
-    if not workspace.config.is_file():
-        return
-    before = load_config(workspace.config).model_dump(mode="json")
-    now = config.model_dump(mode="json")
-    changed = sorted(key for key in now if key not in _FREE_TO_CHANGE and now[key] != before[key])
-    if changed == ["clients"]:
-        committed = max(workspace.committed_rounds(_first_rounds(load_config(workspace.config))), default=0)
-        if _same_until(before["clients"], now["clients"], committed):
-            return
-    if changed:
-        raise InputError(
-            f"{workspace.path} was made with another '{changed[0]}'",
-            field=changed[0],
-            fix="use the same settings, another workspace, or --fresh to start over",
-        )
-
-
-def _patch_backend(config: FederationConfig, device: torch.device, workspace: Workspace | None) -> BackendChoice:
-    """The backend of a federation's patches: chosen once, kept in the workspace, since noise differs between them."""
-    kept = "auto"
-    if workspace is not None and workspace.config.is_file():
-        kept = load_config(workspace.config).data.backend
-    wanted = config.data.backend
-    if kept != "auto" and wanted not in ("auto", kept):
-        raise InputError(
-            f"{workspace and workspace.path} was made with backend {kept}, found {wanted}",
-            field="data.backend",
-            fix=f"use {kept} or auto, another workspace, or --fresh to start over",
-        )
-    choice = resolve_backend(wanted if kept == "auto" else kept, device)
-    return choice if kept == "auto" else BackendChoice(choice.name, "as this federation began")
-
-
-def _same_until(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]], round_index: int) -> bool:
-    """Whether two lists of clients tell the same history up to a round: others may join, and some leave, later."""
-
-    def known(client: Mapping[str, Any]) -> dict[str, Any]:
-        last = client["leaves_after_round"]
-        past = last if last is not None and last < round_index else None
-        return {**client, "leaves_after_round": past}
-
-    def joined(clients: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        here = [known(client) for client in clients if client["joins_at_round"] <= round_index]
-        return sorted(here, key=lambda client: str(client["name"]))
-
-    return joined(before) == joined(now)
-
-
-def _write_descriptions(
-    workspace: Workspace, config: FederationConfig, contract: AgreedTopology, plans: Mapping[str, ClientPlan]
-) -> None:
-    write_text(workspace.config, dump_config(config))
-    write_json(workspace.contract, contract.as_json())
-    for name, plan in plans.items():
-        folder = workspace.client(name)
-        write_json(folder.plans, plan.plans)
-        write_json(folder.dataset_json, plan.dataset_json)
-        mirror_axes = NnunetRules(plan, deep_supervision=False).mirror_axes()
-        write_json(
-            folder.facts,
-            {
-                "task": plan.task,
-                "num_heads": plan.num_heads,
-                "mirror_axes": list(mirror_axes),
-                "class_names": list(plan.dataset.class_names or ()),
-            },
-        )
+            report_matches(settings.initial_weights, {"decoder": matched}, client.name, display.note)
 
 
 def _resume(workspace: Workspace, server: Server, clients: Sequence[Client], display: Display) -> list[dict[str, Any]]:
@@ -377,7 +229,7 @@ def _score(
             continue
         display.note(f"{name}: predicting with its best model")
         entries.append(score_client(workspace, name, plan, config.inference, config.device))
-    results = {"federation": config.name, "strategy": config.strategy.name, "rounds": config.rounds, "clients": entries}
+    results = results_of(config, entries)
     write_json(workspace.results, results)
     return results
 

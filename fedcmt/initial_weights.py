@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,3 +140,21 @@ def _size(tensor: Tensor) -> str:
 def _shortened(names: Sequence[str]) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return (", ".join(names[:_SHOWN]) + more) or "none"
+
+
+def report_matches(path: Path, matches: Mapping[str, Matched], client: str | None, note: Callable[[str], None]) -> None:
+    """Say what the parts took from a checkpoint.
+
+    Raises:
+        InputError: Nothing fits.
+    """
+    for part, matched in matches.items():
+        for line in matched.lines():
+            note(f"{client + ': ' if client else ''}{path.name} -> {part}: {line}")
+    if not any(matched.taken for matched in matches.values()):
+        raise InputError(
+            f"nothing in {path} matches the {' or the '.join(matches)} by name and shape",
+            client=client,
+            field="initial_weights",
+            fix="use a checkpoint of the same topology",
+        )

@@ -61,6 +61,23 @@ class FlatLayout:
             offset += -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
         return cls(tuple(segments), offset)
 
+    @classmethod
+    def from_rows(cls, rows: Iterable[tuple[str, Iterable[int], int]], size: int) -> FlatLayout:
+        """The layout with these names, shapes and offsets.
+
+        Raises:
+            ValueError: Segments overlap or do not fit.
+        """
+        segments = tuple(Segment(name, tuple(shape), offset) for name, shape, offset in rows)
+        end = 0
+        for segment in segments:
+            if segment.offset < end or min(segment.shape, default=1) < 1:
+                raise ValueError(f"segment '{segment.name}' should begin at {end} or later, found {segment.offset}")
+            end = segment.offset + segment.numel
+        if end > size:
+            raise ValueError(f"segments should end by {size}, found {end}")
+        return cls(segments, size)
+
     def bind(self, parameters: Mapping[str, nn.Parameter], device: torch.device) -> Tensor:
         """Move the parameters into a new flat buffer and make them views of it.
 

@@ -103,7 +103,7 @@ def write_report(workspace: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=number, count=count, duration=duration, dice=dice_of)
+    environment.filters.update(number=number, count=count, duration=duration, megabytes=megabytes, dice=dice_of)
     page = environment.get_template(TEMPLATE).render(
         head=_headline(workspace, run),
         clients=[_client_section(workspace, run, name) for name in run.clients],
@@ -147,6 +147,11 @@ def number(value: Any, digits: int = 3) -> str:
 def count(value: Any) -> str:
     """Formats a whole number with thin spaces between thousands."""
     return f"{value:,}".replace(",", "\u202f") if isinstance(value, int) else "–"
+
+
+def megabytes(value: Any) -> str:
+    """Formats a number of bytes."""
+    return f"{value / 1e6:,.1f} MB".replace(",", "\u202f")
 
 
 def duration(seconds: float) -> str:
@@ -255,6 +260,7 @@ def _work(lines: Mapping[int, Line]) -> dict[str, float]:
     return {
         "steps": sum(line.get("local_steps") or 0 for line in lines.values()),
         **{key: sum(one.get(key) or 0.0 for one in spent) for key in ("train", "data_wait", "validate")},
+        **{key: sum(line.get(key) or 0 for line in lines.values()) for key in ("bytes_sent", "bytes_received")},
     }
 
 
@@ -320,7 +326,8 @@ def _status(run: Run, name: str, index: int) -> tuple[str, str]:
         return "refused", str(reason)
     used = name in server["clients"] if "clients" in server else bool(line.get("participated"))
     if not used:
-        return "absent", "warming up" if name in (server.get("warming_up") or []) else "no update"
+        why = (server.get("absent") or {}).get(name, "no update")
+        return "absent", "warming up" if name in (server.get("warming_up") or []) else str(why)
     weights = dict(zip(server.get("clients") or [], server.get("weights") or [], strict=False))
     return "used", f"weight {number(weights[name])}" if name in weights else "update used"
 

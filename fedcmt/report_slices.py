@@ -113,6 +113,8 @@ def segmentation_picture(
     workspace: Path, case: Mapping[str, Any], labels: Mapping[str, int | list[int]], modality: str
 ) -> SlicePicture:
     """Draws image, truth and prediction in the slice that shows most of the truth (or else of the prediction)."""
+    if not case["images"]:
+        return SlicePicture(case["case"], left_out="its files stay at the client's site")
     files = {"image": case["images"][0], "truth": case.get("truth"), "prediction": case.get("prediction")}
     paths = {role: find_file(workspace, name) for role, name in files.items() if name}
     if not files["truth"] and not files["prediction"]:
@@ -130,6 +132,8 @@ def segmentation_picture(
 
 def classification_picture(workspace: Path, case: Mapping[str, Any], modality: str) -> SlicePicture:
     """Draws the middle slice of a case's first channel."""
+    if not case["images"]:
+        return SlicePicture(case["case"], left_out="its files stay at the client's site")
     name = case["images"][0]
     path = find_file(workspace, name)
     if not path.is_file():

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fedcmt.checkpoint import Workspace
+from fedcmt.checkpoint import Workspace, export_nnunet_model
 from fedcmt.config import InferenceConfig
 from fedcmt.dataset import Case
 from fedcmt.files import read_tensors
@@ -48,7 +48,16 @@ def score_client(
         "model": {key: facts[key] for key in ("round", "stage", "score")},
     }
     scored = _classification if plan.task == "classification" else _segmentation
-    return _without_nan(entry | scored(plan, cases, predictions, folder.relative_to(workspace.path), workspace.path))
+    return without_nan(entry | scored(plan, cases, predictions, folder.relative_to(workspace.path), workspace.path))
+
+
+def score_and_export(
+    workspace: Workspace, name: str, plan: ClientPlan, inference: InferenceConfig, device: str
+) -> dict[str, Any]:
+    """Score a client's best model and write it as an nnU-Net model folder; its entry of ``results.json``."""
+    entry = score_client(workspace, name, plan, inference, device)
+    export_nnunet_model(workspace.client(name), workspace.client(name).model)
+    return entry
 
 
 def _held_out(plan: ClientPlan) -> tuple[Mapping[str, Case], str]:
@@ -132,12 +141,12 @@ def _classification(
     return {"class_names": list(names), "cases": rows, "mean": mean}
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """JSON has no not-a-number: undefined scores become null."""
     if isinstance(value, dict):
-        return {key: _without_nan(entry) for key, entry in value.items()}
+        return {key: without_nan(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_nan(entry) for entry in value]
+        return [without_nan(entry) for entry in value]
     if isinstance(value, np.generic):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value

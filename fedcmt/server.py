@@ -12,13 +12,16 @@ from torch import Tensor
 
 from fedcmt import ops
 from fedcmt.errors import InputError, RunError
-from fedcmt.exchange import PARTS, ClientDescription, ClientUpdate, Outgoing
+from fedcmt.exchange import PARTS, ClientDescription, ClientUpdate, Membership, Outgoing
 from fedcmt.files import read_tensors, write_tensors
 from fedcmt.initial_weights import Matched
+from fedcmt.quarantine import Quarantine
 from fedcmt.shared import SharedParts
 from fedcmt.strategies import Strategy
 from fedcmt.strategies.base import Combination, RoundUpdates
 from fedcmt.topology import TopologyContract
+
+_UPDATE_DTYPES = (torch.float32, torch.bfloat16)  # as they arrive; parameters are float32
 
 
 class Server:
@@ -31,6 +34,7 @@ class Server:
         seed: The federation's seed; gives the common start.
         rounds: Of the whole federation; schedules end there.
         initial_weights: Tensors that the common start takes where name and shape match; see ``matched``.
+        quarantine_ratio: Updates larger by this factor than the median of the others' are not used; None for no limit.
         device: Where the shared parameters live.
         backend: Of :mod:`fedcmt.ops`.
         one_process: All clients stand in this process, so that strategies may pool their data.
@@ -49,6 +53,7 @@ class Server:
         rounds: int,
         device: torch.device,
         backend: ops.Backend = "auto",
+        quarantine_ratio: float | None = None,
         initial_weights: Mapping[str, Tensor] | None = None,
         one_process: bool = False,
     ) -> None:
@@ -81,6 +86,7 @@ class Server:
         self._gram: Tensor | None = None
         self._rows: list[str] = []  # clients whose updates the Gram matrix holds
         self._started = 0.0
+        self._quarantine = Quarantine(quarantine_ratio)
 
     def _check(self, client: ClientDescription) -> None:
         if client.topology != self._topology or client.encoder_layout != self._shared.layout.digest():
@@ -113,6 +119,7 @@ class Server:
         self._begun, self._started = round_index, time.perf_counter()
         self._accepted, self._refused = {}, {}
         self._gram, self._rows = None, []
+        self._quarantine.begin()
         self._members = {n: c for n, c in self._clients.items() if c.membership.takes_part(round_index)}
         if self._strategy.federated:
             for client in self._members.values():
@@ -177,12 +184,56 @@ class Server:
             expected["decoder"] = expected["encoder"].new_empty(layout.size, device="meta")
         for part, shared in expected.items():
             tensor = getattr(update, part)
-            if tensor is None or tensor.shape != shared.shape or tensor.dtype != shared.dtype:
+            dtypes = self._encoder_dtypes() if part == "encoder" else (shared.dtype,)
+            if tensor is None or tensor.shape != shared.shape or tensor.dtype not in dtypes:
                 found = "missing" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
-                return f"{part} update is {found}, expected {tuple(shared.shape)}"
-            if ops.screen(tensor, backend=self._backend).nonfinite:
+                return f"{part} update is {found}, expected {tuple(shared.shape)} {dtypes[0]}"
+            stats = ops.screen(tensor, backend=self._backend)
+            if stats.nonfinite:
                 return f"{part} update holds values that are not finite"
+            self._quarantine.note(part, update.client, stats, tensor.numel())
         return None
+
+    def _encoder_dtypes(self) -> tuple[torch.dtype, ...]:
+        """Types that an encoder's update may have: of one round all have the same, so that they combine."""
+        seen = tuple(update.encoder.dtype for update in self._accepted.values())
+        return seen[:1] or _UPDATE_DTYPES
+
+    @property
+    def refused(self) -> Mapping[str, str]:
+        """Why updates of the round were not used, by client."""
+        return self._refused
+
+    def refuse(self, client: str, reason: str) -> None:
+        """Record why an update that cannot even be read is not used."""
+        if client not in self._accepted:
+            self._refused[client] = reason
+
+    def membership(self, client: str) -> Membership:
+        """When a client belongs to the federation."""
+        return self._clients[client].membership
+
+    @property
+    def members(self) -> Sequence[str]:
+        """Who belongs to the federation in the round that was begun."""
+        return list(self._members)
+
+    @property
+    def accepted(self) -> Sequence[str]:
+        """Whose updates of the round have been taken so far."""
+        return sorted(self._accepted)
+
+    def set_aside(self) -> None:
+        """Refuse updates that are out of all proportion to the others."""
+        for name, reason in self._quarantine.outsized(sorted(self._accepted)).items():
+            del self._accepted[name]
+            self._refused[name] = reason
+            if name in self._rows:
+                kept = torch.tensor([i for i, row in enumerate(self._rows) if row != name], dtype=torch.long)
+                self._rows.remove(name)
+                if self._gram is not None:
+                    kept = kept.to(self._gram.device)
+                    self._gram = self._gram.index_select(-1, kept).index_select(-2, kept).contiguous()
 
     def _grow_gram(self, *, wait: bool) -> None:
         """Add rows in the order of the clients' names, so that no bit depends on the order of arrival.
@@ -212,6 +263,7 @@ class Server:
         Raises:
             RunError: No update was accepted.
         """
+        self.set_aside()
         if not self._accepted:
             refusals = "; ".join(f"{name}: {reason}" for name, reason in self._refused.items())
             raise RunError(f"round {self._begun}: no update was accepted ({refusals})")
@@ -220,6 +272,7 @@ class Server:
         if self._strategy.federated:
             line |= self._step()
         self.round_index = self._begun
+        self._quarantine.remember(sorted(self._accepted))
         self._accepted, self._gram = {}, None
         return line | {"seconds": time.perf_counter() - self._started}
 
@@ -292,6 +345,7 @@ class Server:
                 "strategy": self._strategy.name,
                 "trained_encoders": sorted(self._shared.trained_encoders),
                 "trained_adaptors": sorted(self._shared.trained_adaptors),
+                "usual_sizes": self._quarantine.usual,
             },
         )
 
@@ -311,6 +365,7 @@ class Server:
         self._shared.restore(tensors, facts["round"], source=path)
         self._shared.trained_encoders = set(facts["trained_encoders"])
         self._shared.trained_adaptors = set(facts["trained_adaptors"])
+        self._quarantine.usual = facts.get("usual_sizes", {})
         self.round_index = self._begun = facts["round"]
 
 

@@ -79,7 +79,7 @@ def make_anatomy(rng: np.random.Generator, *, lesions: int, cysts: int, decoys: 
     tissue[draw_tubes(points, grow_trees(rng)) & (tissue > Tissue.FAT) & (tissue != Tissue.BONE)] = Tissue.VESSEL
     if steatosis:
         tissue[tissue == Tissue.LIVER] = Tissue.FATTY_LIVER
-    lesion, taken = _blobs(rng, points, organ > 0, lesions, (6.0, 10.0), np.zeros(organ.shape, bool))
+    lesion, taken = _blobs(rng, points, organ > 0, lesions, (7.0, 11.5), np.zeros(organ.shape, bool))
     cyst, taken = _blobs(rng, points, organ > 0, cysts, (5.0, 8.5), taken)
     decoy, _ = _blobs(rng, points, tissue == Tissue.MUSCLE, decoys, (5.5, 9.0), taken)
     tissue[decoy > 0.5] = Tissue.LESION

@@ -54,7 +54,7 @@ class CTScanner:
     @classmethod
     def draw(cls, rng: np.random.Generator, noise: float) -> CTScanner:
         """A site's scanner; ``noise`` is a factor."""
-        return cls(noise * rng.uniform(24, 36), rng.uniform(0.6, 1.4), rng.uniform(0.75, 1.15), rng.uniform(0.35, 0.6))
+        return cls(noise * rng.uniform(14, 22), rng.uniform(0.6, 1.4), rng.uniform(0.75, 1.15), rng.uniform(0.35, 0.6))
 
     def scan(self, anatomy: Anatomy, rng: np.random.Generator) -> np.ndarray:
         """An image `[1, D, H, W]` in Hounsfield units, whole numbers as scanners store them, as float32."""

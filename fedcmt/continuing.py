@@ -1,0 +1,98 @@
+"""Whether a workspace may go on with a config: which settings may change, who may join or leave later."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fedcmt.checkpoint import Workspace
+from fedcmt.config import FederationConfig, load_config
+from fedcmt.data.backend import BackendChoice, resolve_backend
+from fedcmt.errors import InputError
+
+# A workspace goes on only with the settings it was made with; these change no result of the rounds already done.
+_FREE_TO_CHANGE = {
+    "rounds",
+    "device",
+    "threads",
+    "backend",
+    "inference",
+    "workspace",
+    "raw",
+    "preprocessed",
+    "preprocessing_workers",
+    "quarantine_ratio",
+    "nvflare",
+    "data",  # but not its backend, see patch_backend
+}
+
+
+def first_rounds(config: FederationConfig) -> dict[str, int]:
+    """Client -> first round it takes part in."""
+    return {client.name: client.joins_at_round for client in config.clients}
+
+
+def check_same_federation(workspace: Workspace, config: FederationConfig, committed: int | None = None) -> None:
+    """Compare a config with the one that a workspace was made with.
+
+    Args:
+        workspace: The workspace.
+        config: The config now.
+        committed: The last finished round; None where server and clients share the workspace, which then tells.
+
+    Raises:
+        InputError: They are of different federations.
+    """
+    if not workspace.config.is_file():
+        return
+    earlier = load_config(workspace.config)
+    before, now = earlier.model_dump(mode="json"), config.model_dump(mode="json")
+    changed = sorted(key for key in now if key not in _FREE_TO_CHANGE and now[key] != before[key])
+    if changed == ["clients"]:
+        if committed is None:
+            committed = max(workspace.committed_rounds(first_rounds(earlier)), default=0)
+        if _same_until(before["clients"], now["clients"], committed):
+            return
+    if changed:
+        raise InputError(
+            f"{workspace.path} was made with another '{changed[0]}'",
+            field=changed[0],
+            fix="use the same settings, another workspace, or --fresh to start over",
+        )
+
+
+def patch_backend(config: FederationConfig, device: torch.device, workspace: Workspace | None) -> BackendChoice:
+    """The backend of a federation's patches: chosen once, kept in the workspace, since noise differs between them.
+
+    Raises:
+        InputError: The workspace was made with another one.
+    """
+    kept = "auto"
+    if workspace is not None and workspace.config.is_file():
+        kept = load_config(workspace.config).data.backend
+    wanted = config.data.backend
+    if kept != "auto" and wanted not in ("auto", kept):
+        raise InputError(
+            f"{workspace and workspace.path} was made with backend {kept}, found {wanted}",
+            field="data.backend",
+            fix=f"use {kept} or auto, another workspace, or --fresh to start over",
+        )
+    choice = resolve_backend(wanted if kept == "auto" else kept, device)
+    return choice if kept == "auto" else BackendChoice(choice.name, "as this federation began")
+
+
+def _same_until(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]], round_index: int) -> bool:
+    """Whether two lists of clients tell the same history up to a round: others may join, and some leave, later."""
+
+    def known(client: Mapping[str, Any]) -> dict[str, Any]:
+        last = client["leaves_after_round"]
+        past = last if last is not None and last < round_index else None
+        return {**client, "leaves_after_round": past}
+
+    def joined(clients: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        here = [known(client) for client in clients if client["joins_at_round"] <= round_index]
+        return sorted(here, key=lambda client: str(client["name"]))
+
+    return joined(before) == joined(now)

@@ -1,0 +1,1 @@
+"""Engines that carry a federation over several processes and machines."""

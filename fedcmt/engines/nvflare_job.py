@@ -1,0 +1,78 @@
+"""A federation as an NVFlare job: settings, no code. The classes it names are installed with FedCMT at every site."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from fedcmt.config import FederationConfig
+from fedcmt.engines.nvflare_settings import JOB_FILE, MACHINE_SETTINGS
+from fedcmt.engines.nvflare_wire import TASK
+from fedcmt.files import write_json, write_text
+
+CLASSES = ("fedcmt.engines.nvflare_controller.FedCMTController", "fedcmt.engines.nvflare_executor.FedCMTExecutor")
+
+# NVFlare's own pace is for jobs of hours; these are looked at by every process of the job.
+_PACE = {
+    "task_request_interval": 0.2,
+    "max_runner_sync_timeout": 600.0,  # a busy server may take minutes to start its side of the job
+    "task_check_interval": 2.0,
+    "dead_client_grace_period": 10.0,
+    "dead_client_check_lead_time": 10.0,
+}
+
+
+def write_job(config: FederationConfig, folder: Path, *, one_machine: bool) -> Path:
+    """Write the job's folder.
+
+    Args:
+        config: The federation's settings.
+        folder: Where to; replaced file by file.
+        one_machine: Whether server and clients see the same folders, which the job then names.
+
+    Returns:
+        The folder.
+    """
+    app = folder / "app" / "config"
+    write_json(
+        folder / "meta.json",
+        {
+            "name": config.name,
+            "resource_spec": {},
+            "min_clients": 1,
+            "deploy_map": {"app": ["@ALL"]},
+        },
+    )
+    write_json(
+        app / "config_fed_server.json",
+        _PACE | {"format_version": 2, "workflows": [{"id": "fedcmt", "path": CLASSES[0], "args": {}}]} | _no_filters(),
+    )
+    executors = [{"tasks": [TASK], "executor": {"path": CLASSES[1], "args": {}}}]
+    write_json(app / "config_fed_client.json", _PACE | {"format_version": 2, "executors": executors} | _no_filters())
+    write_text(app / JOB_FILE, yaml.safe_dump(_settings(config, one_machine), sort_keys=False))
+    return folder
+
+
+def _no_filters() -> dict[str, Any]:
+    return {"task_data_filters": [], "task_result_filters": [], "components": []}
+
+
+def _settings(config: FederationConfig, one_machine: bool) -> dict[str, Any]:
+    settings: dict[str, Any] = json.loads(config.model_dump_json())
+    if not one_machine:
+        for key in MACHINE_SETTINGS:
+            settings.pop(key)
+        for client in settings["clients"]:
+            client.pop("initial_weights")
+        return settings
+    settings["workspace"] = str(config.workspace_folder().resolve())
+    folders: tuple[Literal["raw", "preprocessed"], ...] = ("raw", "preprocessed")
+    for which in folders:
+        settings[which] = str(config.folder(which).resolve())
+    for entry in [settings, *settings["clients"]]:
+        if entry["initial_weights"] is not None:
+            entry["initial_weights"] = str(Path(entry["initial_weights"]).resolve())
+    return settings
