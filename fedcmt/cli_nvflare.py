@@ -49,12 +49,11 @@ def _add_address(parser: argparse.ArgumentParser) -> None:
 
 
 def _config(options: argparse.Namespace) -> FederationConfig:
-    from fedcmt import strategies
-    from fedcmt.engines.launch import require_nvflare
+    from fedcmt.engines.launch import check_strategy, require_nvflare
 
     require_nvflare()
     config = load_config(options.config, options.overrides)
-    strategies.create(config.strategy).check([client.name for client in config.clients])
+    check_strategy(config)
     return config
 
 

@@ -133,9 +133,6 @@ def test_every_kind_of_process_may_be_killed(raw_datasets: Path, preprocessed: P
         run.wait(lambda: any("ct_regions connected" in text for text in run.said().splitlines()), 300)
         run.wait_for_rounds(2)
         run.kill("runner_process", run.kits.host)  # the server's job
-        run.wait_for_rounds(2)
-        for process in run.find("server_train", run.kits.host) + run.find("runner_process", run.kits.host):
-            process.kill()  # the server, which its start script starts anew
         run.wait(lambda: (run.workspace / "results.json").is_file(), 400)
         run.wait(lambda: run._supervisor.poll() == 0, 60)
     lines = run.lines()
@@ -147,6 +144,33 @@ def test_every_kind_of_process_may_be_killed(raw_datasets: Path, preprocessed: P
     results = json.loads((run.workspace / "results.json").read_text())
     assert [entry["client"] for entry in results["clients"]] == NAMES
     assert "killed by SIGKILL" in run.said() or any("SIGKILL" in str(line["absent"]) for line in lines)
+
+
+def test_a_killed_server_costs_the_round_under_way_only(
+    raw_datasets: Path, preprocessed: Path, finished_in_process: Path, tmp_path: Path
+) -> None:
+    """Server parent and job are killed together; the result is that of an undisturbed run, bit for bit."""
+    with running(tmp_path, settings_of(raw_datasets, preprocessed, rounds=5)) as run:
+        run.wait_for_rounds(2)
+        for process in run.find("server_train", run.kits.host) + run.find("runner_process", run.kits.host):
+            process.kill()  # the start script starts the server anew
+        run.wait(lambda: (run.workspace / "results.json").is_file(), 500)
+        run.wait(lambda: run._supervisor.poll() == 0, 60)
+    lines = run.lines()
+    assert [line["round"] for line in lines] == [1, 2, 3, 4, 5]
+    assert all(line["clients"] == NAMES for line in lines)
+    state = Path("server") / "round-0005.safetensors"
+    assert (run.workspace / state).read_bytes() == (finished_in_process / state).read_bytes()
+
+
+@pytest.fixture
+def finished_in_process(raw_datasets: Path, preprocessed: Path, tmp_path: Path) -> Path:
+    """Workspace of the same federation, undisturbed and in process."""
+    from fedcmt import run_federation
+
+    workspace = tmp_path / "undisturbed"
+    run_federation(settings_of(raw_datasets, preprocessed, rounds=5) | {"workspace": str(workspace)})
+    return workspace
 
 
 def test_a_wrong_certificate_gets_nothing(raw_datasets: Path, preprocessed: Path, tmp_path: Path) -> None:

@@ -26,8 +26,8 @@ from fedcmt.layout import FlatLayout, Segment
 def make(raw_datasets: Path, preprocessed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
     """Configs of a small segmenting federation; nothing is scored or reported at the end."""
     monkeypatch.setattr(coordinator_module, "write_report", lambda path: path)
-    for ending in ("_score", "_present"):
-        monkeypatch.setattr(engine, ending, lambda *_: {})
+    monkeypatch.setattr(engine, "_score", lambda *_: {})
+    monkeypatch.setattr(engine, "_present", lambda *_: None)
 
     def config(name: str = "w", clients: int = 2, **changes: object) -> FederationConfig:
         settings = federation(raw_datasets, preprocessed, tmp_path / name, **changes)

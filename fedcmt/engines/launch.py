@@ -55,13 +55,29 @@ def require_nvflare() -> None:
         )
 
 
+def check_strategy(config: FederationConfig) -> None:
+    """Look whether a strategy fits the clients and may run where they do not share a process.
+
+    Raises:
+        InputError: It does not.
+    """
+    strategy = strategies.create(config.strategy)
+    strategy.check([client.name for client in config.clients])
+    if strategy.pooled:
+        raise InputError(
+            f"strategy '{strategy.name}' pools all clients' data, which never leave them here",
+            field="strategy",
+            fix="run it with --engine inprocess, or choose a federated strategy",
+        )
+
+
 def check_before(config: FederationConfig, *, fresh: bool) -> Workspace:
     """Everything that can be wrong with config and data where server and clients share a machine.
 
     Raises:
         InputError: A mistake; nothing was written then.
     """
-    strategies.create(config.strategy).check([client.name for client in config.clients])
+    check_strategy(config)
     workspace = Workspace(config.workspace_folder())
     load_datasets(config)
     if not fresh:

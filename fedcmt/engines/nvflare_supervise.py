@@ -16,7 +16,7 @@ from typing import Any
 
 from fedcmt.checkpoint import Workspace
 from fedcmt.config import FederationConfig
-from fedcmt.engines.nvflare_controller import STOP
+from fedcmt.engines.nvflare_controller import STATUS, STOP
 from fedcmt.engines.nvflare_job import write_job
 from fedcmt.engines.nvflare_provision import ADMIN, Kits
 from fedcmt.errors import InputError
@@ -24,6 +24,7 @@ from fedcmt.files import read_json
 
 _LOOK_AGAIN = 5.0  # seconds; each look is a line in the server's audit log
 _SETTLED = 5.0  # seconds for which a site must have been back before the others' job is ended for it
+_LOST = 15.0  # seconds after which a job without a process is given up
 _LONGEST_PAUSE = 60.0  # seconds between attempts that fail one after the other
 
 
@@ -62,6 +63,7 @@ class Supervisor:
         self._show, self._stopped = show, stopped
         self._session: Any = None
         self._said = ""
+        self._lost: set[str] = set()  # jobs that went down with their server, though it says that they run
 
     def run(self) -> bool:
         """Supervise until the federation is finished.
@@ -141,7 +143,7 @@ class Supervisor:
     def _running_job(self, config: FederationConfig) -> str | None:
         """A job of this federation that an earlier supervisor left running."""
         for job in self._connected().list_jobs(name_prefix=config.name, reverse=True, limit=5):
-            ended = str(job.get("status", "")).startswith("FINISHED")
+            ended = str(job.get("status", "")).startswith("FINISHED") or job["job_id"] in self._lost
             if job.get("job_name", job.get("name")) == config.name and not ended:
                 return str(job["job_id"])
         return None
@@ -167,7 +169,7 @@ class Supervisor:
 
     def _watch(self, job: str, config: FederationConfig) -> None:
         """Wait for the job's end, which is asked for where the federation would gain by it."""
-        away, asked = _Away(), False
+        away, asked, alive = _Away(), False, time.monotonic()
         while not self._stopped():
             state = str(self._connected().get_job_meta(job).get("status"))
             if state.startswith("FINISHED"):
@@ -177,6 +179,12 @@ class Supervisor:
                     f"job {job} ended ({state}), federation {status['state']} after round {status['round']}{reason}"
                 )
                 return
+            if state != "RUNNING" or self._is_run(job):
+                alive = time.monotonic()
+            elif time.monotonic() - alive > _LOST:
+                self._say(f"job {job} is lost, its server was started anew")
+                self._lost.add(job)
+                return
             if state == "RUNNING" and not asked:
                 why = self._why_restart(config, away)
                 if why is not None:
@@ -184,6 +192,18 @@ class Supervisor:
                     self._connected().do_app_command(job, STOP, {})
                     asked = True
             self._sleep(_LOOK_AGAIN)
+
+    def _is_run(self, job: str) -> bool:
+        """Whether the server has a process for a job that it takes for running; after a crash it has none."""
+        from nvflare.fuel.flare_api.api_spec import InternalError, JobNotRunning, NoReply
+
+        try:
+            self._connected().do_app_command(job, STATUS, {})
+        except JobNotRunning:
+            return False
+        except (InternalError, NoReply):  # it is there, but too young or too busy to answer
+            return True
+        return True
 
     def _why_restart(self, config: FederationConfig, away: _Away) -> str | None:
         status = self._status()

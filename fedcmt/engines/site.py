@@ -16,6 +16,7 @@ from fedcmt import strategies
 from fedcmt.checkpoint import ClientFolder, Workspace
 from fedcmt.client import Client
 from fedcmt.config import ClientConfig, FederationConfig
+from fedcmt.data.backend import resolve_backend
 from fedcmt.device import choose_device
 from fedcmt.engines.entries import Shares, shared
 from fedcmt.engines.messages import (
@@ -68,6 +69,10 @@ class Site:
         self._lock = _lock(self._folder)
         if config.threads:
             torch.set_num_threads(config.threads)
+        self._device = choose_device(config.device)
+        # What makes the patches is the site's own affair; with it the random numbers of noise may differ.
+        backend = resolve_backend(config.data.backend, self._device).name
+        self._config = config.model_copy(update={"data": config.data.model_copy(update={"backend": backend})})
         self._strategy = strategies.create(config.strategy)
         self._filters = UpdateFilters(config.nvflare)
         self._plan: ClientPlan | None = None
@@ -132,9 +137,8 @@ class Site:
     def _begin(self) -> None:
         """A client as it is before its first round."""
         assert self._plan is not None
-        device = choose_device(self._config.device)
         self._client = Client(
-            self._settings, self._config, self._plan, self._folder, device, self._strategy.client_work
+            self._settings, self._config, self._plan, self._folder, self._device, self._strategy.client_work
         )
         self._stands_after = 0
 
