@@ -34,6 +34,7 @@ class Federation:
     def __init__(self, folder: Path, settings: dict) -> None:
         self.folder, self.config = folder, folder / "config.yaml"
         self.workspace = folder / "w"
+        folder.mkdir(exist_ok=True)
         self.config.write_text(yaml.safe_dump({**settings, "workspace": str(self.workspace)}))
         self.provision("--port", str(free_port()))
         self.kits: Kits = existing_kits(folder / "federation")
