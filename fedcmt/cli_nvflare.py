@@ -65,7 +65,7 @@ def export(options: argparse.Namespace) -> None:
     if options.output.exists():
         raise InputError(f"{options.output} exists", field="-o", fix="choose a new folder")
     write_job(config, options.output, one_machine=False)
-    print(f"{options.output}: nvflare job submit -j {options.output}")
+    print(f"{options.output}: nvflare job submit -j {options.output} --startup-kit KITS/admin@fedcmt.org")
 
 
 def provision(options: argparse.Namespace) -> None:
