@@ -172,6 +172,8 @@ def loader_rows(sizes: Sequence[int], channels: Sequence[int], batches: int) -> 
             with tempfile.TemporaryDirectory() as folder:
                 make_cases(Path(folder), count, size)
                 spent = measure(contenders(Path(folder), count, size), batches)
+                shown = (f"{name} {one.milliseconds():.1f} CPU ms a patch" for name, one in spent.items())
+                print(f"{size}^3, {count} channels: {', '.join(shown)}", flush=True)
             stock = spent["nnU-Net"].milliseconds()
             for name, one in spent.items():
                 share = one.milliseconds() / stock

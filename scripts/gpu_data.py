@@ -45,7 +45,7 @@ class MadeCases:
             voxels: Mapping[int, np.ndarray] = {
                 label: np.argwhere(labels == label)[::997].astype(np.int32) for label in (1, 2)
             }
-            self._cases[name] = Case(image, labels[None], voxels)
+            self._cases[name] = Case(image, labels[None], voxels, ())
 
     def case(self, name: str) -> Case:
         return self._cases[name]

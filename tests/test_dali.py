@@ -89,7 +89,7 @@ class MadeCases:
     def case(self, name: str) -> Case:
         image, labels = self._arrays[name]
         voxels = {label: np.argwhere(labels == label).astype(np.int32) for label in (1, 2, 3)}
-        return Case(image, labels[None], voxels)
+        return Case(image, labels[None], voxels, ())
 
     def read(self, name: str, part: Reading) -> tuple[np.ndarray, np.ndarray]:
         self._fail(name)

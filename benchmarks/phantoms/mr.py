@@ -21,7 +21,7 @@ _TISSUES = {
     Tissue.VESSEL: (0.12, 1400, 150),
     Tissue.LESION: (0.82, 1000, 95),
     Tissue.CYST: (0.98, 2900, 350),
-    Tissue.FATTY_LIVER: (0.80, 370, 65),
+    Tissue.FATTY_LIVER: (0.80, 380, 62),
 }
 # Repetition, echo and inversion time in ms; no inversion where the last is 0.
 _SEQUENCES = {"T1": (500, 12, 0), "T2": (4000, 90, 0), "PD": (3500, 20, 0), "FLAIR": (9000, 100, 2100)}

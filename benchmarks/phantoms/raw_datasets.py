@@ -23,7 +23,7 @@ from fedcmt.volume import Volume, write_segmentation, write_volume
 
 PRESETS = Path(__file__).parent
 # Of what is drawn and how: raised when the same seed gives other images.
-VERSION = 2
+VERSION = 4
 Channel = Annotated[str, Field(pattern=f"^({'|'.join(CHANNELS)})$")]
 
 
