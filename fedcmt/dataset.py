@@ -176,12 +176,10 @@ class ImageFindings:
     Attributes:
         warnings: one line for each thing that is odd but can be trained on.
         orientations: axis codes such as ``RAS`` -> number of training cases stored that way.
-        voxels: of all training cases together.
     """
 
     warnings: list[str]
     orientations: dict[str, int]
-    voxels: int
 
 
 def check_images(dataset: RawDataset, *, client: str | None = None) -> list[str]:
@@ -210,7 +208,6 @@ def inspect_images(dataset: RawDataset, problems: Problems, *, client: str | Non
     codes: Counter[str] = Counter()
     shapes: dict[str, tuple[int, ...]] = {}
     seen: dict[str, tuple[str, str]] = {}
-    voxels = 0
     sets = [("training", case) for case in dataset.train.values()]
     sets += [("test", case) for case in dataset.test.values()]
     for split, case in sets:
@@ -223,7 +220,6 @@ def inspect_images(dataset: RawDataset, problems: Problems, *, client: str | Non
             found[:0] = image_warnings(image, dataset.channel_names)
             shapes[case.identifier] = image.data.shape[1:]
             codes[axis_codes(image.affine)] += split == "training"
-            voxels += image.data[0].size * (split == "training")
             with problems.caught(client=client, case=case.identifier):
                 found += _same_image(image, split, case.identifier, seen)
         warnings += [str(InputError(text, client=client, case=case.identifier)) for text in found]
@@ -233,7 +229,7 @@ def inspect_images(dataset: RawDataset, problems: Problems, *, client: str | Non
         stored = ", ".join(f"{code} ({number})" for code, number in orientations.items())
         text = f"training cases are stored in different orientations: {stored}; the model sees them as they are stored"
         warnings.append(str(InputError(text, client=client)))
-    return ImageFindings(warnings, orientations, voxels)
+    return ImageFindings(warnings, orientations)
 
 
 def _same_image(image: Volume, split: str, identifier: str, seen: dict[str, tuple[str, str]]) -> list[str]:

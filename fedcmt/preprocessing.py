@@ -32,8 +32,6 @@ from fedcmt.files import read_json, write_json
 from fedcmt.network import CONFIGURATION, SLICES, configuration_name
 from fedcmt.volume import read_volume, write_segmentation
 
-_DRAWS_PER_VOXEL = 100
-
 
 def preprocessed_plan(
     dataset: RawDataset,
@@ -93,7 +91,7 @@ def preprocessed_plan(
         _nnunet_folders(raw, preprocessed),
         _threads_for_processes(),
     ):
-        plans, dataset_json = _run_nnunet(dataset, folder, spacing, slices, client, workers, images.voxels)
+        plans, dataset_json = _run_nnunet(dataset, folder, spacing, slices, client, workers)
     if task == "segmentation":
         _copy_truth(dataset, target / "gt_segmentations")
     write_json(record, {"inputs": inputs, **findings, "plans": plans, "dataset_json": dataset_json})
@@ -130,14 +128,9 @@ def _run_nnunet(
     slices: bool,
     client: str | None,
     workers: int,
-    voxels: int,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     extractor = DatasetFingerprintExtractor(dataset.name, num_processes=min(workers, len(dataset.train)))
     extractor.show_progress_bar = False
-    # nnU-Net draws 1e8 intensities however small the cases are; more draws than this change no digit that counts.
-    extractor.num_foreground_voxels_for_intensitystats = min(
-        extractor.num_foreground_voxels_for_intensitystats, _DRAWS_PER_VOXEL * voxels
-    )
     try:
         extractor.run(overwrite_existing=True)
     except IndexError as error:  # nnU-Net's intensity statistics over no voxels at all

@@ -182,7 +182,7 @@ def test_going_on_keeps_the_topology_it_began_with(slices: Path, raw: Path) -> N
     config = load_config(slices / "config.yaml", ["rounds=2"])
     told = ShapeSummary(9, (1.0, 1.0, 1.0), (96, 96, 96))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fedcmt.federation.shape_summary", lambda *_, **__: told)
+        patch.setattr("fedcmt.preparation.shape_summary", lambda *_, **__: told)
         run_federation(config)
         assert (slices / "contract.json").read_text() == before
         damaged = json.loads(before)
