@@ -85,6 +85,8 @@ class Builder:
     def __init__(self, toolchain: Toolchain, folder: Path) -> None:
         self.toolchain = toolchain
         self.folder = folder
+        self._checks = folder / "checks"
+        self._checks.mkdir()
         self._programs: dict[str, Path] = {}
 
     def program(self, flavour: Flavour) -> Path:
@@ -125,7 +127,7 @@ class Builder:
         return self.toolchain.compile(source, objects / f"engine_{source.name}.o", flags)
 
     def _check(self, source: Path) -> Path:
-        target = self.folder / f"check_{source.name}.o"  # no sanitizer looks at the checks themselves
+        target = self._checks / f"{source.name}.o"  # no sanitizer looks at the checks themselves
         if target.exists():
             return target
         return self.toolchain.compile(source, target, ["-O1", "-Wall", "-Wextra", f"-I{CSRC}"])
@@ -133,7 +135,7 @@ class Builder:
     def _link(self, flavour: Flavour, target: Path, instead: Sequence[Path]) -> Path:
         replaced = {path.name for path in instead}
         kernels = [path for path in (self.folder / flavour.name).glob("*.o") if path.name not in replaced]
-        objects = [*instead, *kernels, *self.folder.glob("check_*.o")]
+        objects = [*instead, *kernels, *self._checks.glob("*.o")]
         run_checked([self.toolchain.compiler, *flavour.kernel_flags, *map(str, objects), "-o", str(target)])
         return target
 
