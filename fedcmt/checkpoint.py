@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 import os
@@ -18,7 +17,7 @@ import torch
 
 from fedcmt.config import FederationConfig
 from fedcmt.errors import InputError
-from fedcmt.files import check_same_tensors, read_json, read_tensors, write_bytes, write_json, write_text
+from fedcmt.files import check_same_tensors, hold, read_json, read_tensors, write_bytes, write_json, write_text
 from fedcmt.model_checks import check_model, check_topology
 from fedcmt.network import CONFIGURATION, build_network, configuration_name
 from fedcmt.topology import contract_digest
@@ -186,22 +185,23 @@ class Workspace:
         return self.path / "predictions" / name
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, patience: float = 0.0) -> Iterator[None]:
         """Keep a second process from writing here.
 
+        Args:
+            patience: Seconds to wait for one that does already.
+
         Raises:
-            InputError: One does already.
+            InputError: It still does.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / ".lock", "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise InputError(
-                    f"{self.path} is in use by another run",
-                    field="workspace",
-                    fix="wait for it or choose another workspace",
-                ) from None
+        file = hold(self.path / ".lock", patience)
+        if file is None:
+            raise InputError(
+                f"{self.path} is in use by another run",
+                field="workspace",
+                fix="wait for it or choose another workspace",
+            )
+        with file:
             yield
 
     def clear(self) -> None:

@@ -228,8 +228,8 @@ def doctor(options: argparse.Namespace) -> None:
         print(line)
 
 
-def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of the federation")
+def add_compare_options(parser: argparse.ArgumentParser) -> None:
+    """All of ``compare`` but the config, which :func:`compare` expects in ``config``."""
     parser.add_argument(
         "--strategies",
         required=True,
@@ -279,7 +279,9 @@ def _parser() -> argparse.ArgumentParser:
     preparing.add_argument("--preprocessed", type=Path, help="output (default $nnUNet_preprocessed)")
     preparing.add_argument("--spacing", nargs=3, type=float, metavar=("Z", "Y", "X"), help="target spacing in mm")
     preparing.add_argument("--workers", type=int, default=2, help="threads (default 2)")
-    _add_compare_arguments(command(compare))
+    comparing = command(compare)
+    comparing.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of the federation")
+    add_compare_options(comparing)
     evaluating = command(evaluate)
     evaluating.add_argument("-p", "--predictions", type=Path, required=True, help="label maps, or predictions.csv")
     evaluating.add_argument("-t", "--truth", type=Path, required=True, help="true label maps, or cls_data.csv")

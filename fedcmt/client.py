@@ -14,7 +14,7 @@ from fedcmt import ops
 from fedcmt.checkpoint import ClientFolder
 from fedcmt.config import ClientConfig, FederationConfig
 from fedcmt.errors import InputError
-from fedcmt.exchange import PARTS, ClientDescription, ClientUpdate, Membership, Outgoing
+from fedcmt.exchange import PARTS, ClientDescription, ClientUpdate, Outgoing
 from fedcmt.files import read_tensors, write_tensors
 from fedcmt.initial_weights import Matched, start_from
 from fedcmt.layout import FlatLayout, Segment
@@ -54,9 +54,7 @@ class Client:
         work: ClientWork | None = None,
     ) -> None:
         self.name, self.plan, self._folder = config.name, plan, folder
-        self.membership = Membership(
-            config.joins_at_round, config.leaves_after_round, config.warmup_rounds, config.starting_adaptor
-        )
+        self.membership = config.membership
         self._target = config.target or target_of(plan)
         self.steps = config.local_steps or federation.training.local_steps
         self._work = work or ClientWork()

@@ -14,6 +14,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fedcmt.errors import InputError
+from fedcmt.membership import Membership
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
@@ -199,6 +200,11 @@ class ClientConfig(Settings):
             )
         return self
 
+    @property
+    def membership(self) -> Membership:
+        """When it belongs to the federation."""
+        return Membership(self.joins_at_round, self.leaves_after_round, self.warmup_rounds, self.starting_adaptor)
+
 
 class StrategyConfig(BaseModel):
     """A strategy's name; its own settings are checked by the strategy itself."""
@@ -265,13 +271,22 @@ class FederationConfig(Settings):
         # The number of members changes after these rounds only.
         leaving = {client.leaves_after_round for client in self.clients} - {None}
         for round_index in sorted({1} | {last + 1 for last in leaving if last is not None and last < self.rounds}):
-            if not any(
-                client.joins_at_round <= round_index
-                and (client.leaves_after_round is None or client.leaves_after_round >= round_index)
-                for client in self.clients
-            ):
+            if not self.members(round_index):
                 raise ValueError(f"clients should take part in every round, found none in round {round_index}")
         return self
+
+    def members(self, round_index: int) -> set[str]:
+        """Names of the clients that take part in a round."""
+        return {client.name for client in self.clients if client.membership.takes_part(round_index)}
+
+    def quorum(self, round_index: int) -> int:
+        """Updates without which a round on NVFlare is not finished: as set, else of more than half of its members."""
+        members = len(self.members(round_index))
+        return min(self.nvflare.min_clients or members // 2 + 1, members)
+
+    def with_patches_by(self, backend: Literal["dali", "torch"]) -> FederationConfig:
+        """The same with a backend of patches that is chosen."""
+        return self.model_copy(update={"data": self.data.model_copy(update={"backend": backend})})
 
     def folder(self, which: Literal["raw", "preprocessed"]) -> Path:
         """nnU-Net's raw or preprocessed folder, from the config or the environment.

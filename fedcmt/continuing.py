@@ -1,8 +1,8 @@
-"""Whether a workspace may go on with a config: which settings may change, who may join or leave later."""
+"""Going on in a workspace: which settings may change, who may join or leave later, and from which round."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -81,6 +81,36 @@ def patch_backend(config: FederationConfig, device: torch.device, workspace: Wor
         )
     choice = resolve_backend(wanted if kept == "auto" else kept, device)
     return choice if kept == "auto" else BackendChoice(choice.name, "as this federation began")
+
+
+def go_on(
+    workspace: Workspace, rounds: Sequence[int], restore: Callable[[int], None], note: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Restore the newest round whose files can be read.
+
+    Args:
+        workspace: Whose lines of metrics belong to them.
+        rounds: Committed ones, newest first.
+        restore: Brings everybody to where they stood after a round.
+        note: Shows one line.
+
+    Returns:
+        The lines of metrics up to that round; none where no round is committed.
+
+    Raises:
+        InputError: Not even the oldest can be read.
+    """
+    for index, round_index in enumerate(rounds):
+        try:
+            restore(round_index)
+        except InputError as error:
+            if index == len(rounds) - 1:
+                raise
+            note(f"round {round_index} cannot be restored ({error}); trying the one before")
+            continue
+        note(f"going on after round {round_index}")
+        return workspace.read_metrics(round_index)
+    return []
 
 
 def _same_until(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]], round_index: int) -> bool:

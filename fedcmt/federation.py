@@ -16,7 +16,7 @@ from fedcmt import joint, strategies
 from fedcmt.checkpoint import Workspace, export_nnunet_model, results_of
 from fedcmt.client import Client
 from fedcmt.config import FederationConfig, dump_config, load_config
-from fedcmt.continuing import check_same_federation, first_rounds, patch_backend
+from fedcmt.continuing import check_same_federation, first_rounds, go_on, patch_backend
 from fedcmt.curves import Curves
 from fedcmt.device import choose_device
 from fedcmt.display import Display, open_display
@@ -66,7 +66,7 @@ def run_federation(
     if not fresh:
         check_same_federation(workspace, config)
     backend = patch_backend(config, device, None if fresh else workspace)
-    config = config.model_copy(update={"data": config.data.model_copy(update={"backend": backend.name})})
+    config = config.with_patches_by(backend.name)
     with ExitStack() as stack:
         names = [client.name for client in config.clients]
         first = 1 if fresh else max(workspace.committed_rounds(first_rounds(config)), default=0) + 1
@@ -199,20 +199,14 @@ def _start(
 
 def _resume(workspace: Workspace, server: Server, clients: Sequence[Client], display: Display) -> list[dict[str, Any]]:
     """Restore the newest round that was committed whole; an older one if its files are damaged."""
+
+    def restore(round_index: int) -> None:
+        server.restore(workspace.server_state(round_index))
+        for client in _joined(clients, round_index):
+            client.restore(round_index)
+
     rounds = workspace.committed_rounds({client.name: client.membership.joins_at_round for client in clients})
-    for index, round_index in enumerate(rounds):
-        try:
-            server.restore(workspace.server_state(round_index))
-            for client in _joined(clients, round_index):
-                client.restore(round_index)
-        except InputError as error:
-            if index == len(rounds) - 1:
-                raise
-            display.note(f"round {round_index} cannot be restored ({error}); trying the one before")
-            continue
-        display.note(f"going on after round {round_index}")
-        return workspace.read_metrics(round_index)
-    return []
+    return go_on(workspace, rounds, restore, display.note)
 
 
 def _score(

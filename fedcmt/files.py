@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +16,31 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fedcmt.errors import InputError
+
+_LOOK_AGAIN = 0.2  # seconds
+
+
+def hold(path: Path, patience: float = 0.0) -> TextIO | None:
+    """Take a lock file, creating its folder; the lock lasts until the file is closed or the process ends.
+
+    Args:
+        path: The lock file.
+        patience: Seconds to wait for another process to let go of it.
+
+    Returns:
+        The open file; None where another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file, until = open(path, "w"), time.monotonic() + patience  # noqa: SIM115 (the caller closes it)
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except OSError:
+            if time.monotonic() >= until:
+                file.close()
+                return None
+        time.sleep(_LOOK_AGAIN)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -79,6 +79,15 @@ def test_a_new_client_gets_a_kit_of_the_same_authority_and_the_others_keep_their
     assert len(roots) == 1
 
 
+def test_kits_of_one_machine_have_the_folders_device_and_threads_of_the_config(config: Path) -> None:
+    assert provision(config, "--one-machine") == 0
+    settings = load_config(config)
+    for name in ("ct_plain", "localhost"):
+        own = read_site_settings(config.parent / "fed" / "kits" / name / "local" / "fedcmt.yaml")
+        assert (own.device, own.threads) == (settings.device, settings.threads) == ("cpu", 1)
+        assert (own.raw, own.share_cases) == (settings.raw, "files")
+
+
 @pytest.mark.parametrize(
     ("more", "field"),
     [(["--server", "a b"], "--server"), (["--server", "ct_plain"], "--server"), (["--port", "9"], "--port")],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import Any, Literal
 from fedcmt import strategies
 from fedcmt.checkpoint import Workspace, results_of
 from fedcmt.config import FederationConfig, dump_config
-from fedcmt.continuing import check_same_federation
+from fedcmt.continuing import check_same_federation, go_on
 from fedcmt.curves import Curves
 from fedcmt.device import choose_device
 from fedcmt.engines.enrolment import Carrier, Enrolment, failure
@@ -115,15 +114,10 @@ class Coordinator:
 
     def _lock(self, stack: ExitStack) -> None:
         """Take the workspace; a server that was killed may leave a job behind which takes a moment to notice."""
-        until = time.monotonic() + _PATIENCE
-        while True:
-            try:
-                stack.enter_context(self._workspace.locked())
-                return
-            except InputError as error:
-                if time.monotonic() > until:
-                    raise RunError(str(error)) from None
-            time.sleep(1)
+        try:
+            stack.enter_context(self._workspace.locked(_PATIENCE))
+        except InputError as error:
+            raise RunError(str(error)) from None
 
     def _run(self, stack: ExitStack) -> None:
         self._open()
@@ -156,7 +150,7 @@ class Coordinator:
         committed = next(iter(workspace.saved_server_rounds()), 0)
         check_same_federation(workspace, config, committed)
         enrolment = Enrolment(config, workspace, self._carrier, self._note, committed)
-        connected = enrolment.wait(self._quorum(committed + 1))
+        connected = enrolment.wait(self._config.quorum(committed + 1))
         contract = enrolment.contract(connected)
         descriptions = enrolment.prepare(connected, contract.topology)
         self._prepared = self._here = [name for name in connected if name not in enrolment.absent]
@@ -183,27 +177,13 @@ class Coordinator:
         assert self._server is not None
         write_text(self._workspace.config, dump_config(self._config))
         write_json(self._workspace.contract, contract.as_json())
-        rounds = self._workspace.saved_server_rounds()
-        for index, round_index in enumerate(rounds):
-            try:
-                self._server.restore(self._workspace.server_state(round_index))
-            except InputError as error:
-                if index == len(rounds) - 1:
-                    raise
-                self._note(f"round {round_index} cannot be restored ({error}); trying the one before")
-                continue
-            self._note(f"going on after round {round_index}")
-            self._lines = self._workspace.read_metrics(round_index)
-            return
-
-    def _quorum(self, round_index: int) -> int:
-        """Updates without which a round is not finished: as configured, else of more than half of its members."""
-        members = sum(
-            c.joins_at_round <= round_index and (c.leaves_after_round is None or c.leaves_after_round >= round_index)
-            for c in self._config.clients
+        workspace, server = self._workspace, self._server
+        self._lines = go_on(
+            workspace,
+            workspace.saved_server_rounds(),
+            lambda round_index: server.restore(workspace.server_state(round_index)),
+            self._note,
         )
-        wanted = self._config.nvflare.min_clients or members // 2 + 1
-        return min(wanted, members)
 
     def _round(self, round_index: int) -> list[dict[str, Any]]:
         """One round: clients train, the server makes its step, clients are scored with the result."""
@@ -220,7 +200,7 @@ class Coordinator:
         if now.not_held:
             self._ask_to_fit(now, now.not_held, resend=True)
         server.set_aside()
-        quorum = self._quorum(round_index)
+        quorum = self._config.quorum(round_index)
         if len(server.accepted) < quorum:
             reasons = {**now.absent, **server.refused}
             told = "; ".join(f"{name}: {reason}" for name, reason in sorted(reasons.items()))
@@ -232,16 +212,7 @@ class Coordinator:
 
     def _expected(self, round_index: int) -> set[str]:
         assert self._server is not None
-        members = set(self._server.members)
-        return members | {n for n in self._unavailable if self._config_takes_part(n, round_index)}
-
-    def _config_takes_part(self, name: str, round_index: int) -> bool:
-        return any(
-            c.name == name
-            and c.joins_at_round <= round_index
-            and (c.leaves_after_round is None or c.leaves_after_round >= round_index)
-            for c in self._config.clients
-        )
+        return set(self._server.members) | (self._config.members(round_index) & set(self._unavailable))
 
     def _ask_to_fit(self, now: _Round, clients: Sequence[str], *, resend: bool) -> None:
         requests = {name: self._fit_request(name, now.index, resend=resend) for name in clients}

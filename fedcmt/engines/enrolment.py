@@ -84,7 +84,7 @@ class Enrolment:
         Raises:
             RunError: Too few, for the round's quorum.
         """
-        wanted = {c.name for c in self._config.clients if _membership(c).takes_part(self._committed + 1)}
+        wanted = self._config.members(self._committed + 1)
         until = time.monotonic() + self._config.nvflare.start_timeout
         while True:
             here = [name for name in self._carrier.connected() if name in self._settings]
@@ -147,7 +147,7 @@ class Enrolment:
 
     def _description(self, name: str) -> ClientDescription:
         entry = self._known[name]
-        membership = replace(_membership(self._settings[name]), joins_at_round=int(entry["joins_at_round"]))
+        membership = replace(self._settings[name].membership, joins_at_round=int(entry["joins_at_round"]))
         try:
             # What was told in JSON went through the strict schema when it arrived.
             return _described(name, Prepared.model_validate(entry["told"], strict=False), membership)
@@ -177,10 +177,6 @@ def failure(message: Message) -> str:
     if isinstance(message.body, Failed):
         return message.body.reason
     return f"answered {type(message.body).__name__}"
-
-
-def _membership(client: Any) -> Membership:
-    return Membership(client.joins_at_round, client.leaves_after_round, client.warmup_rounds, client.starting_adaptor)
 
 
 def _described(name: str, told: Prepared, membership: Membership) -> ClientDescription:

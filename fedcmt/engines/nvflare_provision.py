@@ -174,8 +174,11 @@ def _settle(kit: Path, config: FederationConfig, name: str, one_machine: bool) -
             "raw": str(config.folder("raw").resolve()),
             "preprocessed": str(config.folder("preprocessed").resolve()),
             "workspace": str(config.workspace_folder().resolve()),
+            "device": config.device,
             "share_cases": "files",
         }
+        if config.threads is not None:
+            own["threads"] = config.threads
         settings = next((client for client in config.clients if client.name == name), config)
         if settings.initial_weights is not None:
             own["initial_weights"] = str(settings.initial_weights.resolve())

@@ -150,8 +150,8 @@ class Supervisor:
 
     def _submit(self, config: FederationConfig) -> str | None:
         """Submit the job once the sites of the next round are connected, or as many as its quorum after a while."""
-        wanted = _members(config, self._round() + 1)
-        quorum = min(config.nvflare.min_clients or len(wanted) // 2 + 1, len(wanted))
+        coming = self._round() + 1
+        wanted, quorum = config.members(coming), config.quorum(coming)
         until = time.monotonic() + config.nvflare.start_timeout
         while not self._stopped():
             missing = wanted - self._sites()
@@ -217,14 +217,5 @@ class Supervisor:
         if changed:
             return "the config has changed"
         known = set(status["here"]) | set(status.get("unavailable", {}))
-        lacking = (_members(config, int(status["round"]) + 2) & self._sites()) - known
+        lacking = (config.members(int(status["round"]) + 2) & self._sites()) - known
         return f"{', '.join(sorted(lacking))} connected" if away.settled(lacking) else None
-
-
-def _members(config: FederationConfig, round_index: int) -> set[str]:
-    return {
-        client.name
-        for client in config.clients
-        if client.joins_at_round <= round_index
-        and (client.leaves_after_round is None or client.leaves_after_round >= round_index)
-    }

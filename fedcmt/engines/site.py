@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TextIO
@@ -41,7 +39,7 @@ from fedcmt.engines.messages import (
 from fedcmt.engines.privacy import DESTROYED, UpdateFilters, dequantized
 from fedcmt.errors import InputError, RunError
 from fedcmt.exchange import ClientDescription, ClientUpdate, Outgoing
-from fedcmt.files import write_json
+from fedcmt.files import hold, write_json
 from fedcmt.initial_weights import read_weights, report_matches
 from fedcmt.plans import ClientPlan, shape_summary
 from fedcmt.preparation import load_client_dataset, plan_client, write_client_description
@@ -71,8 +69,7 @@ class Site:
             torch.set_num_threads(config.threads)
         self._device = choose_device(config.device)
         # What makes the patches is the site's own affair; with it the random numbers of noise may differ.
-        backend = resolve_backend(config.data.backend, self._device).name
-        self._config = config.model_copy(update={"data": config.data.model_copy(update={"backend": backend})})
+        self._config = config.with_patches_by(resolve_backend(config.data.backend, self._device).name)
         self._strategy = strategies.create(config.strategy)
         self._filters = UpdateFilters(config.nvflare)
         self._plan: ClientPlan | None = None
@@ -268,19 +265,10 @@ def _client_config(config: FederationConfig, name: str) -> ClientConfig:
 
 def _lock(folder: ClientFolder) -> TextIO:
     """Keep a process of an earlier job, which may take a moment to die, from writing beside this one."""
-    folder.path.mkdir(parents=True, exist_ok=True)
-    file = open(folder.path / ".lock", "w")  # noqa: SIM115 (held as long as the process lives)
-    until = time.monotonic() + _PATIENCE
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except OSError:
-            if time.monotonic() > until:
-                raise InputError(
-                    f"{folder.path} is in use by another process", field="workspace", fix="wait for it or end it"
-                ) from None
-        time.sleep(0.2)
+    file = hold(folder.path / ".lock", _PATIENCE)
+    if file is None:
+        raise InputError(f"{folder.path} is in use by another process", field="workspace", fix="wait for it or end it")
+    return file
 
 
 def _prepared(description: ClientDescription, notes: list[str]) -> Prepared:
