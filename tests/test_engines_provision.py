@@ -84,7 +84,7 @@ def test_kits_of_one_machine_have_the_folders_device_and_threads_of_the_config(c
     settings = load_config(config)
     for name in ("ct_plain", "localhost"):
         own = read_site_settings(config.parent / "fed" / "kits" / name / "local" / "fedcmt.yaml")
-        assert (own.device, own.threads) == (settings.device, settings.threads) == ("cpu", 1)
+        assert (own.device, own.threads) == (settings.device, settings.threads) == ("auto", 1)
         assert (own.raw, own.share_cases) == (settings.raw, "files")
 
 
