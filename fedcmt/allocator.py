@@ -23,3 +23,15 @@ def reuse_large_blocks() -> bool:
     except (AttributeError, OSError, TypeError):  # not glibc
         return False
     return all(mallopt(option, _KEPT_BYTES) == 1 for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD))
+
+
+def give_back_freed_blocks() -> None:
+    """Return memory that is free, but kept, to the system; with another C library than glibc nothing happens.
+
+    Takes some milliseconds. Between steps that need arrays of different sizes it lowers the peak.
+    """
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # not glibc
+        return
+    trim(0)

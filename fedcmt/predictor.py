@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedcmt.allocator import give_back_freed_blocks
 from fedcmt.case_progress import CaseProgress
 from fedcmt.checkpoint import ClientFolder, existing_client
 from fedcmt.device import choose_device
@@ -267,7 +268,9 @@ class Predictor:
 
     def _prepare(self, volume: Volume) -> _Loaded:
         self._check_channels(volume)
-        return _Loaded(volume, [model.prepare(volume) for model in self._models])
+        loaded = _Loaded(volume, [model.prepare(volume) for model in self._models])
+        give_back_freed_blocks()  # resampling's, which are no use to the network
+        return loaded
 
     def _check_channels(self, volume: Volume) -> None:
         if volume.data.shape[0] != self.num_channels:

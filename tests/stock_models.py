@@ -1,12 +1,13 @@
 """Stock nnU-Net model folders with made-up weights, and scans for them.
 
-Untrained networks are the harder test: their logits lie close together everywhere, so every rounding shows.
+Untrained networks, as most are here, are the harder test: their logits lie close together everywhere, so every
+rounding shows.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
@@ -98,8 +99,13 @@ def write_model(
     folds: Sequence[int | str] = (0,),
     transpose: Sequence[int] = (0, 1, 2),
     seed: int = 0,
+    train: Callable[[torch.nn.Module], None] | None = None,
 ) -> Path:
-    """A model folder as nnU-Net's trainer leaves it, checkpoints written by the trainer's own code."""
+    """A model folder as nnU-Net's trainer leaves it, checkpoints written by the trainer's own code.
+
+    Args:
+        train: Called with each fold's network before it is saved.
+    """
     from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
@@ -128,6 +134,8 @@ def write_model(
                 block["network_class_name"], block["arch_kwargs"], block["_kw_requires_import"], channels, heads,
                 deep_supervision=False,
             )  # fmt: skip
+        if train is not None:
+            train(network)
         arguments = {
             "plans": plans, "configuration": name, "fold": fold, "dataset_json": document,
             "device": torch.device("cpu"),

@@ -65,6 +65,9 @@ def test_bytes_on_the_wire_are_recorded(simulated: Path) -> None:
     first, second = ([line for line in lines if line.get("client") == "ct_plain"][i] for i in (0, 1))
     # What a client was scored with need not be sent again for the next round.
     assert second["bytes_received"] < 0.6 * first["bytes_received"]
+    page = (simulated / "report.html").read_text()
+    assert "<dt>sent</dt>" in page
+    assert "<dt>received</dt>" in page
 
 
 def test_without_nvflare_one_line_says_what_to_install(
