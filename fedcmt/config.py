@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from fedcmt.errors import InputError
 from fedcmt.membership import Membership
+from fedcmt.overrides import apply_override
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
@@ -385,7 +386,7 @@ def load_config(
         source = source.model_dump(mode="json", exclude_unset=True)
     data = deepcopy(dict(source)) if isinstance(source, Mapping) else _read_yaml(Path(source))
     for override in overrides:
-        _apply_override(data, override)
+        apply_override(data, override)
     return validated(FederationConfig, data)
 
 
@@ -404,48 +405,3 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise InputError(f"{path} should hold a mapping of settings, found {type(data).__name__}", field="config")
     return data
-
-
-def _apply_override(data: dict[str, Any], override: str) -> None:
-    path, separator, text = override.partition("=")
-    if not separator or not path:
-        raise InputError(f"'{override}' is no setting", field="--set", fix="write --set key.path=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise InputError(f"the value of '{override}' is no valid YAML", field="--set") from None
-    node: Any = data
-    if path.startswith(_EVERY_CLIENT) and isinstance(data.get("clients"), list):
-        for index in range(len(data["clients"])):
-            _apply_override(data, override.replace("*", str(index), 1))
-        return
-    *parents, last = path.split(".")
-    for key in parents:
-        node = _step_into(node, key, override)
-    if isinstance(node, list):
-        node[_list_index(node, last, override)] = value
-    else:
-        node[last] = value
-
-
-_EVERY_CLIENT = "clients.*."
-
-
-def _step_into(node: Any, key: str, override: str) -> Any:
-    if isinstance(node, list):
-        return node[_list_index(node, key, override)]
-    child = node.setdefault(key, {})
-    if key == "strategy" and isinstance(child, str):
-        child = node[key] = {"name": child}
-    if key == "topology" and child == "auto":
-        child = node[key] = {"auto": True}
-    if not isinstance(child, (dict, list)):
-        raise InputError(f"'{key}' in '{override}' has no settings below it", field="--set")
-    return child
-
-
-def _list_index(entries: list[Any], key: str, override: str) -> int:
-    for index, entry in enumerate(entries):
-        if key == str(index) or (isinstance(entry, Mapping) and entry.get("name") == key):
-            return index
-    raise InputError(f"'{override}' names no entry '{key}'", field="--set")
