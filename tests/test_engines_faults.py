@@ -1,16 +1,18 @@
 """Processes of a provisioned mTLS federation are killed, every kind of them, and the run ends as it should.
 
-Takes minutes: python -m pytest -m long tests/test_engines_faults.py
+Takes half an hour: python -m pytest -m long tests/test_engines_faults.py
 """
 
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -26,6 +28,9 @@ pytestmark = pytest.mark.long
 
 NAMES = ["ct_plain", "ct_regions", "mr_two"]
 ROUNDS = 14
+# Words in the command of a process: an NVFlare parent, its job, and the trainer that the job starts.
+KINDS_AT_CLIENTS = ("client_train", "worker_process", "site_process")
+KINDS_AT_SERVER = ("server_train", "runner_process")
 
 
 class Federation:
@@ -95,6 +100,23 @@ class Federation:
         for process in found:
             process.kill()
 
+    def kill_one(self, what: str, rng: random.Random) -> int:
+        """Kill a process of a kind, at one of the places that have it; returns how many there were to kill, 0 or 1."""
+        kit = self.kits.host if what in KINDS_AT_SERVER else rng.choice(NAMES)
+        found = self.find(what, kit)[:1]
+        for process in found:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        return len(found)
+
+    def kill_supervisor(self) -> int:
+        """Kill the supervisor and start another; returns 1."""
+        assert self._supervisor is not None
+        self._supervisor.kill()
+        self._supervisor.wait()
+        self.supervise()
+        return 1
+
     def end(self) -> None:
         if self._supervisor is not None and self._supervisor.poll() is None:
             self._supervisor.kill()
@@ -162,6 +184,44 @@ def test_a_killed_server_costs_the_round_under_way_only(
     assert all(line["clients"] == NAMES for line in lines)
     state = Path("server") / "round-0005.safetensors"
     assert (run.workspace / state).read_bytes() == (finished_in_process / state).read_bytes()
+
+
+def test_twenty_minutes_of_random_kills(
+    raw_datasets: Path, preprocessed: Path, finished_in_process: Path, tmp_path: Path
+) -> None:
+    """Any process, the server and the supervisor too, at any time; in the end every round is accounted for."""
+    rng = random.Random(0)
+    killed: Counter[str] = Counter()
+    with running(tmp_path, settings_of(raw_datasets, preprocessed, rounds=100_000)) as run:
+        until = time.monotonic() + 20 * 60
+        while time.monotonic() < until:
+            time.sleep(rng.uniform(10, 60))
+            what = rng.choice([*KINDS_AT_CLIENTS, *KINDS_AT_SERVER, "supervisor"])
+            killed[what] += run.kill_supervisor() if what == "supervisor" else run.kill_one(what, rng)
+        content = yaml.safe_load(run.config.read_text())
+        content["rounds"] = run.lines()[-1]["round"] + 6
+        run.config.write_text(yaml.safe_dump(content))
+        run.wait(lambda: (run.workspace / "results.json").is_file(), 600)
+        run.wait(lambda: run._supervisor.poll() == 0, 60)
+    lines = run.lines()
+    print(f"{len(lines)} rounds, killed: {dict(killed)}")
+    assert [line["round"] for line in lines] == list(range(1, content["rounds"] + 1))
+    for line in lines:
+        assert set(line["clients"]) | set(line["refused"]) | set(line["absent"]) == set(NAMES)
+    assert sum(killed.values()) >= 15
+    results, expected = (
+        json.loads((folder / "results.json").read_text()) for folder in (run.workspace, finished_in_process)
+    )
+    assert shape_of(results) == shape_of(expected)
+
+
+def shape_of(value: object) -> object:
+    """Keys and types of JSON, numbers and lists of any length alike."""
+    if isinstance(value, dict):
+        return {key: shape_of(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [shape_of(entry) for entry in value[:1]]
+    return "number" if isinstance(value, int | float) else type(value).__name__
 
 
 @pytest.fixture
