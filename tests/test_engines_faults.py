@@ -267,6 +267,11 @@ def test_a_client_joins_a_running_federation_and_another_leaves(
     assert lines[5]["members"] == NAMES[:2]
     assert (lines[6]["warming_up"], lines[7]["clients"]) == (["mr_two"], NAMES)
     assert lines[9]["clients"] == ["ct_plain", "mr_two"]
+    clients = [json.loads(line) for line in (run.workspace / "metrics.jsonl").read_text().splitlines()]
+    for name, last in (("ct_plain", 10), ("ct_regions", 8)):
+        scores = {line["round"]: line["aggregated"]["score"] for line in clients if line.get("client") == name}
+        # The newcomer's updates count from round 7 on.
+        assert min(scores[later] for later in range(7, last + 1)) > scores[6] - 0.03, name
 
 
 def _port(kits: Kits) -> str:

@@ -262,6 +262,27 @@ def test_joining_leaving_and_resuming_across_both(
     assert [entry["client"] for entry in result.results["clients"]] == ["ct_plain", "ct_regions", "mr_two"]
 
 
+def test_a_newcomer_costs_the_others_nothing(
+    raw_datasets: Path, preprocessed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = federation(raw_datasets, preprocessed, tmp_path, rounds=8)
+    settings["training"] = {**settings["training"], "local_steps": 20}
+    a, b, c = settings["clients"][:3]
+    settings["clients"] = [a, b, {**c, "joins_at_round": 5, "warmup_rounds": 1}]
+    for ending in ("_score", "_present"):
+        monkeypatch.setattr(engine, ending, lambda *_: {})
+    run_federation(settings)
+    scores = {
+        (line["client"], line["round"]): line["aggregated"]["score"]
+        for line in lines_of(tmp_path)
+        if "aggregated" in line
+    }
+    # From round 6 on the newcomer's updates count.
+    for name in ("ct_plain", "ct_regions"):
+        assert scores[name, 5] > 0.5
+        assert min(scores[name, later] for later in (6, 7, 8)) > scores[name, 5] - 0.03, name
+
+
 def test_a_client_that_never_came_has_no_model(raw_datasets: Path, preprocessed: Path, tmp_path: Path) -> None:
     settings = federation(raw_datasets, preprocessed, tmp_path / "run", rounds=1)
     one, other = settings["clients"][:2]
