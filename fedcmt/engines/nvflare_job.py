@@ -16,8 +16,8 @@ from fedcmt.files import write_json, write_text
 CLASSES = ("fedcmt.engines.nvflare_controller.FedCMTController", "fedcmt.engines.nvflare_executor.FedCMTExecutor")
 
 # NVFlare's own pace is for jobs of hours; these are looked at by every process of the job.
+_ASK_AGAIN = 0.2  # seconds after which a client without work asks for some, and after which one that has answered does
 _PACE = {
-    "task_request_interval": 0.2,
     "max_runner_sync_timeout": 600.0,  # a busy server may take minutes to start its side of the job
     "task_check_interval": 2.0,
     "dead_client_grace_period": 10.0,
@@ -48,10 +48,17 @@ def write_job(config: FederationConfig, folder: Path, *, one_machine: bool) -> P
     )
     write_json(
         app / "config_fed_server.json",
-        _PACE | {"format_version": 2, "workflows": [{"id": "fedcmt", "path": CLASSES[0], "args": {}}]} | _no_filters(),
+        {
+            **_PACE,
+            **_no_filters(),
+            "format_version": 2,
+            "server": {"task_request_interval": _ASK_AGAIN},
+            "workflows": [{"id": "fedcmt", "path": CLASSES[0], "args": {}}],
+        },
     )
     executors = [{"tasks": [TASK], "executor": {"path": CLASSES[1], "args": {}}}]
-    write_json(app / "config_fed_client.json", _PACE | {"format_version": 2, "executors": executors} | _no_filters())
+    client = {"format_version": 2, "default_task_fetch_interval": _ASK_AGAIN, "executors": executors}
+    write_json(app / "config_fed_client.json", _PACE | _no_filters() | client)
     write_text(app / JOB_FILE, yaml.safe_dump(_settings(config, one_machine), sort_keys=False))
     return folder
 

@@ -15,25 +15,30 @@ from nvflare.fuel.utils import fobs
 from safetensors.torch import load
 from torch import Tensor
 
+from fedcmt.allocator import give_back_freed_blocks
+
 _MAP_NORESERVE = 0x4000  # Linux's; Python names it from 3.13 on
-_M_MMAP_THRESHOLD = -3  # glibc's malloc.h
-_KEPT = 2**20  # bytes from which on freed memory is given back
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # glibc's malloc.h
+_KEPT = 2**23  # bytes, more than a piece of a message, from which on freed memory is given back at once
+_TRIMMED_AFTER = 4  # arriving pieces
 _LARGEST = 2**34  # bytes of address space for one message; what is not written to takes no memory
 
 
 def register() -> None:
     """Teach NVFlare to carry tensors. Without it, on either side, they arrive empty and without an error."""
     fobs.register(GatheringDecomposer)
-    _give_back_memory()
+    _reuse_pieces()
 
 
-def _give_back_memory() -> None:
-    """Let glibc give freed pieces of messages back to the system.
+def _reuse_pieces() -> None:
+    """Let glibc keep freed pieces of messages for the next ones, in one heap for all threads.
 
-    It would learn from the first piece that is freed to keep all later ones, in as many heaps as threads have used.
+    By default it learns from the first piece that is freed to keep all later ones, in as many heaps as threads have
+    used. Giving each back at once, the other extreme, spends more time on fresh pages than on TLS.
     """
     with suppress(OSError, AttributeError):  # another C library has no such setting
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _KEPT)
+        for option, value in ((_M_ARENA_MAX, 1), (_M_MMAP_THRESHOLD, _KEPT), (_M_TRIM_THRESHOLD, _KEPT)):
+            ctypes.CDLL(None).mallopt(option, value)
 
 
 class GatheringDecomposer(TensorDecomposer):
@@ -78,11 +83,15 @@ class Gathering(ItemConsumer):
         super().__init__()
         self._buffer: Tensor | None = None
         self._filled = 0
+        self._pieces = 0
 
     def consume_items(self, items: list[Any], result: Any) -> Any:
         """Called by NVFlare with the next items, each a safetensors file in bytes."""
         result = {} if result is None else result
         for item in items:
+            if self._pieces % _TRIMMED_AFTER == 0:
+                give_back_freed_blocks()
+            self._pieces += 1
             for name, tensor in load(item).items():
                 if name in result:
                     raise ValueError(f"tensor '{name}' arrived twice")
