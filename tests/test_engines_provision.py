@@ -44,6 +44,8 @@ def test_a_job_brings_settings_but_neither_code_nor_folders(config: Path, tmp_pa
     ]
     assert str(tmp_path) not in "".join((tmp_path / "job" / file).read_text() for file in files)
     assert load_config(tmp_path / "job" / "app" / "config" / "fedcmt.yaml").seed == 3
+    server = json.loads((tmp_path / "job" / "app" / "config" / "config_fed_server.json").read_text())
+    assert server["server"]["task_request_interval"] < 1  # NVFlare reads it nowhere else; without it clients wait 2 s
     assert main(["nvflare", "export", str(config), "-o", str(tmp_path / "job")]) == 2
 
 
