@@ -88,7 +88,15 @@ def find_series(folder: Path) -> list[Series]:
     if not files:
         return []
     series: list[Series] = []
-    for uid in sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder)):
+    try:
+        uids = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
+    except RuntimeError as error:  # GDCM gives up at some damaged headers, and does not say whose
+        raise InputError(
+            f"a file in {folder.name} is truncated or damaged ({_reason(error)})",
+            field="images",
+            fix="restore it from its source",
+        ) from error
+    for uid in uids:
         names = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), uid)
         found = tuple(path for path in map(Path, names) if path.name in files)
         if found:

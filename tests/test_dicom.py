@@ -109,6 +109,12 @@ def cut(index: int, length: int) -> Callable[[list[Path]], None]:
     return lambda files: files[index].write_bytes(files[index].read_bytes()[:length]) and None
 
 
+def without_samples(files: list[Path]) -> None:
+    content, samples = files[0].read_bytes(), b"(\0\2\0US\2\0"
+    assert content.count(samples + b"\1\0") == 1
+    files[0].write_bytes(content.replace(samples + b"\1\0", samples + b"\0\0"))
+
+
 def tilt(files: list[Path]) -> None:
     for index, path in enumerate(files):
         dataset = pydicom.dcmread(path)
@@ -143,6 +149,7 @@ FAULTS: dict[str, tuple[Callable[[list[Path]], None], str]] = {
     "tilted gantry": (tilt, "affine"),
     "cut in the voxels": (cut(1, 1200), "images"),
     "cut in the header": (cut(1, 400), "images"),
+    "no samples in a pixel": (without_samples, "images"),  # found by test_fuzz.py
 }
 
 
