@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import mmap
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -15,10 +13,9 @@ from nvflare.fuel.utils import fobs
 from safetensors.torch import load
 from torch import Tensor
 
-from fedcmt.allocator import give_back_freed_blocks
+from fedcmt.allocator import give_back_freed_blocks, reuse_large_blocks
 
 _MAP_NORESERVE = 0x4000  # Linux's; Python names it from 3.13 on
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # glibc's malloc.h
 _KEPT = 2**23  # bytes, more than a piece of a message, from which on freed memory is given back at once
 _TRIMMED_AFTER = 8  # arriving pieces
 _LARGEST = 2**34  # bytes of address space for one message; what is not written to takes no memory
@@ -27,18 +24,10 @@ _LARGEST = 2**34  # bytes of address space for one message; what is not written 
 def register() -> None:
     """Teach NVFlare to carry tensors. Without it, on either side, they arrive empty and without an error."""
     fobs.register(GatheringDecomposer)
-    _reuse_pieces()
-
-
-def _reuse_pieces() -> None:
-    """Let glibc keep freed pieces of messages for the next ones, in one heap for all threads.
-
-    By default it learns from the first piece that is freed to keep all later ones, in as many heaps as threads have
-    used. Giving each back at once, the other extreme, spends more time on fresh pages than on TLS.
-    """
-    with suppress(OSError, AttributeError):  # another C library has no such setting
-        for option, value in ((_M_ARENA_MAX, 1), (_M_MMAP_THRESHOLD, _KEPT), (_M_TRIM_THRESHOLD, _KEPT)):
-            ctypes.CDLL(None).mallopt(option, value)
+    # For pieces of messages. By default glibc learns from the first one that is freed to keep all later ones, in as
+    # many heaps as threads have used; giving each back at once, the other extreme, spends more time on fresh pages than
+    # on TLS.
+    reuse_large_blocks(_KEPT, one_heap=True)
 
 
 class GatheringDecomposer(TensorDecomposer):
