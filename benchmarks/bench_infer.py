@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from measure import extra_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 STRUCTURES = 4  # labels of a made-up scan
@@ -71,14 +72,9 @@ def tree(pid: int) -> list[int]:
 def resident_mib(pid: int) -> float:
     """Resident memory of a process."""
     try:
-        return _status_mib(pid, "VmRSS")
-    except (OSError, StopIteration):  # it ended meanwhile
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    except OSError:  # it ended meanwhile
         return 0.0
-
-
-def _status_mib(pid: int, field: str) -> float:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(f"{field}:")).split()[1]) / 1024
 
 
 def measured(command: Sequence[str]) -> tuple[Usage, str]:
@@ -230,19 +226,12 @@ def stages(rounds: int) -> dict[str, Any]:
             divided = torch.div(logits, weights).numpy()
             return resample_data_or_seg(divided, target, False, None, 1, False).argmax(0)
 
-        before = _peak_mib(reset=True)
         ours_labels = fused()
-        result[f"labels_{classes}_extra_mib"] = _peak_mib() - before - ours_labels.nbytes / 2**20
+        grown = extra_memory(fused)
+        result[f"labels_{classes}_extra_mib"] = None if grown is None else (grown - ours_labels.nbytes) / 2**20
         result[f"labels_{classes}_ratio"] = cpu_seconds(separate, 1) / cpu_seconds(fused, rounds)
         result[f"labels_{classes}_voxels_unlike"] = int((ours_labels != separate()).sum())
     return result
-
-
-def _peak_mib(*, reset: bool = False) -> float:
-    """Peak resident memory of this process, since the last reset."""
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    return _status_mib(os.getpid(), "VmHWM")
 
 
 def made_up(folder: Path) -> tuple[Path, Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import gc
 import importlib.util
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fedcmt import ops
+from fedcmt.allocator import give_back_freed_blocks
 
 Work = Callable[[], object]
 Role = Literal["ours", "other", "floor", "peak"]
@@ -198,7 +198,7 @@ def extra_memory(work: Work) -> int | None:
     if not clear.exists():
         return None
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what the allocator kept would hide growth
+    give_back_freed_blocks()  # what the allocator kept would hide growth
     clear.write_text("5")  # the peak is the present
     before = _status("VmRSS")
     work()
