@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,13 +35,18 @@ def run_on(engine: str, config: FederationConfig, *, fresh: bool, show: Callable
         RunError: The run could not go on.
     """
     require_nvflare()
-    if engine == "nvflare":
-        from fedcmt.engines.nvflare_simulator import run_in_simulator
-
-        return run_in_simulator(config, fresh=fresh, show=show)
     from fedcmt.engines.nvflare_local import run_in_processes
+    from fedcmt.engines.nvflare_simulator import run_in_simulator
 
-    return run_in_processes(config, fresh=fresh, show=show)
+    workspace = _check_before(config, fresh=fresh)
+    folder = workspace.path.resolve() / "nvflare"
+    shutil.rmtree(folder, ignore_errors=True)
+    with _followed(workspace.log, show) as look:
+        if engine == "nvflare":
+            log = run_in_simulator(config, folder, look)
+        else:
+            log = run_in_processes(config, folder, look, show)
+    return _result_of(workspace, config, log)
 
 
 def require_nvflare() -> None:
@@ -71,7 +77,7 @@ def check_strategy(config: FederationConfig) -> None:
         )
 
 
-def check_before(config: FederationConfig, *, fresh: bool) -> Workspace:
+def _check_before(config: FederationConfig, *, fresh: bool) -> Workspace:
     """Everything that can be wrong with config and data where server and clients share a machine.
 
     Raises:
@@ -91,7 +97,7 @@ def check_before(config: FederationConfig, *, fresh: bool) -> Workspace:
 
 
 @contextmanager
-def followed(log: Path, show: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+def _followed(log: Path, show: Callable[[str], None]) -> Iterator[Callable[[], None]]:
     """Show what is appended to a log from now on; the block calls what it gets to look again."""
     position = log.stat().st_size if log.is_file() else 0
 
@@ -115,7 +121,7 @@ def wait_while(running: Callable[[], bool], look: Callable[[], None]) -> None:
         time.sleep(_LOOK_AGAIN)
 
 
-def result_of(workspace: Workspace, config: FederationConfig, log: Path) -> FederationResult:
+def _result_of(workspace: Workspace, config: FederationConfig, log: Path) -> FederationResult:
     """What a run left behind.
 
     Raises:

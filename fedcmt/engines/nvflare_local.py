@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -12,11 +11,11 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from fedcmt.checkpoint import Workspace
 from fedcmt.config import FederationConfig
-from fedcmt.engines.launch import check_before, followed, result_of, wait_while
+from fedcmt.engines.launch import wait_while
 from fedcmt.engines.nvflare_provision import Kits, provision
 from fedcmt.engines.nvflare_supervise import Supervisor
-from fedcmt.federation import FederationResult
 
 
 class LocalProcesses:
@@ -63,27 +62,30 @@ class LocalProcesses:
             self.kill(name)
 
 
-def run_in_processes(config: FederationConfig, *, fresh: bool, show: Callable[[str], None]) -> FederationResult:
-    """Run a federation in separate processes of this machine that speak mTLS over the loopback.
+def run_in_processes(
+    config: FederationConfig, folder: Path, look: Callable[[], None], show: Callable[[str], None]
+) -> Path:
+    """Run a federation in separate processes of this machine that speak mTLS over the loopback, until it ends.
 
     Args:
-        config: The federation's settings.
-        fresh: Start over instead of resuming.
-        show: Shows one line of progress.
+        config: The federation's settings, checked.
+        folder: An empty place for the start-up kits.
+        look: Called again and again meanwhile.
+        show: Shows one line of what the supervisor does.
+
+    Returns:
+        The server's log.
 
     Raises:
         InputError: A mistake in config or data.
         RunError: The run could not go on.
     """
-    workspace = check_before(config, fresh=fresh)
-    folder = workspace.path.resolve() / "nvflare"
-    shutil.rmtree(folder, ignore_errors=True)
     kits, _ = provision(config, folder, port=free_port(), one_machine=True)
     names = [client.name for client in config.clients]
     stop = threading.Event()
-    with followed(workspace.log, show) as look, LocalProcesses(kits) as processes:
+    with LocalProcesses(kits) as processes:
         processes.start([kits.host, *names])
-        supervisor = Supervisor(lambda: config, kits, workspace, show, stop.is_set)
+        supervisor = Supervisor(lambda: config, kits, Workspace(config.workspace_folder()), show, stop.is_set)
         failed: list[BaseException] = []
 
         def supervise() -> None:
@@ -100,7 +102,7 @@ def run_in_processes(config: FederationConfig, *, fresh: bool, show: Callable[[s
             stop.set()
         if failed:
             raise failed[0]
-    return result_of(workspace, config, kits.server / "console.log")
+    return kits.server / "console.log"
 
 
 def free_port() -> int:

@@ -15,7 +15,7 @@ import yaml
 
 from fedcmt.config import ClientConfig, FederationConfig
 from fedcmt.engines.nvflare_job import CLASSES
-from fedcmt.engines.nvflare_settings import SITE_FILE
+from fedcmt.engines.nvflare_settings import SITE_FILE, SiteSettings
 from fedcmt.errors import InputError, RunError
 from fedcmt.files import write_json, write_text
 
@@ -168,21 +168,23 @@ def _settle(kit: Path, config: FederationConfig, name: str, one_machine: bool) -
         resources["allow_log_streaming"] = False  # logs may name cases
     _keep_jobs_in(kit.with_name(name).resolve(), resources)
     write_json(local / "resources.json", resources)
-    own: dict[str, Any] = {}
-    if one_machine:
-        own = {
-            "raw": str(config.folder("raw").resolve()),
-            "preprocessed": str(config.folder("preprocessed").resolve()),
-            "workspace": str(config.workspace_folder().resolve()),
-            "device": config.device,
-            "share_cases": "files",
-        }
-        if config.threads is not None:
-            own["threads"] = config.threads
-        settings = next((client for client in config.clients if client.name == name), config)
-        if settings.initial_weights is not None:
-            own["initial_weights"] = str(settings.initial_weights.resolve())
-    write_text(local / SITE_FILE, _SITE_HEADER + (yaml.safe_dump(own, sort_keys=False) if own else ""))
+    own = _of_one_machine(config, name) if one_machine else SiteSettings()
+    keys = own.model_dump(mode="json", exclude_defaults=True)
+    write_text(local / SITE_FILE, _SITE_HEADER + (yaml.safe_dump(keys, sort_keys=False) if keys else ""))
+
+
+def _of_one_machine(config: FederationConfig, name: str) -> SiteSettings:
+    weights = next((client for client in config.clients if client.name == name), config).initial_weights
+    return SiteSettings(
+        raw=config.folder("raw").resolve(),
+        preprocessed=config.folder("preprocessed").resolve(),
+        workspace=config.workspace_folder().resolve(),
+        initial_weights=None if weights is None else weights.resolve(),
+        device=config.device,
+        threads=config.threads,
+        share_cases="files",
+        filters=[],
+    )
 
 
 def _keep_jobs_in(kit: Path, resources: dict[str, Any]) -> None:

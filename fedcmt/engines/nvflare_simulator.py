@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from fedcmt.config import FederationConfig
-from fedcmt.engines.launch import check_before, followed, result_of, wait_while
+from fedcmt.engines.launch import wait_while
 from fedcmt.engines.nvflare_job import CLASSES, write_job
-from fedcmt.federation import FederationResult
 from fedcmt.files import write_json
 
 
-def run_in_simulator(config: FederationConfig, *, fresh: bool, show: Callable[[str], None]) -> FederationResult:
-    """Run a federation in the simulator, or go on with one.
+def run_in_simulator(config: FederationConfig, folder: Path, look: Callable[[], None]) -> Path:
+    """Run a federation in the simulator, or go on with one, until it ends.
 
     Args:
-        config: The federation's settings.
-        fresh: Start over instead of resuming.
-        show: Shows one line of progress.
+        config: The federation's settings, checked.
+        folder: An empty place for the simulator's files.
+        look: Called again and again meanwhile.
 
-    Raises:
-        InputError: A mistake in config or data.
-        RunError: The run could not go on.
+    Returns:
+        The simulator's log.
     """
-    workspace = check_before(config, fresh=fresh)
-    folder = workspace.path.resolve() / "nvflare"
-    shutil.rmtree(folder, ignore_errors=True)
     job = write_job(config, folder / "job", one_machine=True)
     # NVFlare builds no class that a site has not allowed, in its simulator neither.
     write_json(folder / "run" / "local" / "resources.json", {"format_version": 2, "class_allow_list": list(CLASSES)})
@@ -39,21 +34,21 @@ def run_in_simulator(config: FederationConfig, *, fresh: bool, show: Callable[[s
         sys.executable, "-m", "nvflare.private.fed.app.simulator.simulator", str(job),
         "-w", str(folder / "run"), "-c", ",".join(names), "-t", str(len(names)),
     ]  # fmt: skip
-    with open(log, "wb") as output, followed(workspace.log, show) as look:
+    with open(log, "wb") as output:
         # A session of its own, so that whatever it starts can be ended with it.
         process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True, env=_environment())
         try:
             wait_while(lambda: process.poll() is None, look)
         finally:
-            end_group(process)
-    return result_of(workspace, config, log)
+            _end_group(process)
+    return log
 
 
 def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONUNBUFFERED": "1"}
 
 
-def end_group(process: subprocess.Popen[bytes]) -> None:
+def _end_group(process: subprocess.Popen[bytes]) -> None:
     """End a process and all that it started in its session."""
     if process.poll() is None:
         process.terminate()

@@ -17,7 +17,7 @@ from fedcmt.allocator import give_back_freed_blocks, reuse_large_blocks
 
 _MAP_NORESERVE = 0x4000  # Linux's; Python names it from 3.13 on
 _KEPT = 2**23  # bytes, more than a piece of a message, from which on freed memory is given back at once
-_TRIMMED_AFTER = 8  # arriving pieces
+_TRIMMED_AFTER = 4  # arriving pieces
 _LARGEST = 2**34  # bytes of address space for one message; what is not written to takes no memory
 
 

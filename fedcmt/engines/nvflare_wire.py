@@ -18,7 +18,7 @@ from fedcmt.engines.nvflare_tensors import adjoining
 
 TASK = "fedcmt"  # the one task there is: answer a message
 _HEADER = "fedcmt"
-_PIECE = 4 * 2**20  # bytes
+_PIECE = 3 * 2**20  # bytes
 
 
 def to_shareable(message: Message) -> Shareable:
