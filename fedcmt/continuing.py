@@ -40,7 +40,9 @@ def check_same_federation(workspace: Workspace, config: FederationConfig, commit
     Args:
         workspace: The workspace.
         config: The config now.
-        committed: The last finished round; None where server and clients share the workspace, which then tells.
+        committed: The last finished round where clients are elsewhere: who joins or leaves too late for the configured
+            round does so with the next one, since nobody can know what round is under way. None where server and
+            clients share the workspace, which then tells, and takes the config by its word.
 
     Raises:
         InputError: They are of different federations.
@@ -51,9 +53,13 @@ def check_same_federation(workspace: Workspace, config: FederationConfig, commit
     before, now = earlier.model_dump(mode="json"), config.model_dump(mode="json")
     changed = sorted(key for key in now if key not in _FREE_TO_CHANGE and now[key] != before[key])
     if changed == ["clients"]:
+        clients: list[dict[str, Any]] = now["clients"]
         if committed is None:
             committed = max(workspace.committed_rounds(first_rounds(earlier)), default=0)
-        if _same_until(before["clients"], now["clients"], committed):
+            _check_newcomers(before["clients"], clients, committed)
+        else:
+            clients = _from_next_round(before["clients"], clients, committed)
+        if _same_until(before["clients"], clients, committed):
             return
     if changed:
         raise InputError(
@@ -111,6 +117,34 @@ def go_on(
         note(f"going on after round {round_index}")
         return workspace.read_metrics(round_index)
     return []
+
+
+def _check_newcomers(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]], committed: int) -> None:
+    known = {client["name"] for client in before}
+    for client in now:
+        if client["name"] not in known and client["joins_at_round"] <= committed:
+            raise InputError(
+                f"round {client['joins_at_round']} is over, {committed} are finished",
+                client=client["name"],
+                field="joins_at_round",
+                fix=f"let it join at round {committed + 1} or later",
+            )
+
+
+def _from_next_round(
+    before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]], committed: int
+) -> list[dict[str, Any]]:
+    """A list of clients in which who is new joins, and who leaves early, after the finished rounds at the soonest."""
+    known = {client["name"]: client["leaves_after_round"] for client in before}
+    clients = []
+    for client in now:
+        joins, last = client["joins_at_round"], client["leaves_after_round"]
+        if client["name"] not in known:
+            joins = max(joins, committed + 1)
+        elif last is not None and (known[client["name"]] is None or known[client["name"]] >= committed):
+            last = max(last, committed)
+        clients.append({**client, "joins_at_round": joins, "leaves_after_round": last})
+    return clients
 
 
 def _same_until(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]], round_index: int) -> bool:
