@@ -1,25 +1,25 @@
 """Training on all clients' data at once, as if they stood in one place: strategy ``joint``.
 
 The upper reference that a federation is measured against. Clients hold the same encoder, those of a group the same
-adaptor, those of equal task and target the same decoder, and one optimizer steps them all. A step takes a batch of each
-client, as many steps a round as each would make alone; a tensor's gradient is the mean over the clients that hold it.
+adaptor, those of equal task and target the same decoder, and one optimizer steps them all. In a round each client's
+data are visited for as many batches as in a federation, one optimizer step a batch, in an order drawn anew: a decoder
+of one client makes as many steps as it would alone, the encoder as many as all clients together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from functools import reduce
 from typing import Any
 
-from torch import Tensor
-from torch.nn import Parameter
+import torch
 
 from fedcmt.client import Client
 from fedcmt.config import ClientConfig
 from fedcmt.errors import InputError
 from fedcmt.exchange import ClientUpdate, Outgoing
 from fedcmt.network import Part
+from fedcmt.seeding import derive_seed
 from fedcmt.trainer import Trainer
 
 
@@ -84,32 +84,25 @@ def fit(
     Yields:
         For each client what training changed, which is the same encoder for all.
     """
-    optimizer = clients[0].trainer.optimizer
+    seed, done = clients[0].trainer.seed, [0] * len(clients)
     with ExitStack() as training:
         for client in clients:
             client.begin(received[client.name])
             training.enter_context(client.trainer.training(round_index, client.steps))
-        done = dict.fromkeys(clients, 0)
-        for turn in turns([client.steps for client in clients]):
-            gradients: dict[Parameter, list[Tensor]] = {}
-            for client in [clients[index] for index in turn]:
-                loss = client.trainer.gradient()
-                for parameter in client.trainer.network.parameters():
-                    if parameter.grad is not None:
-                        gradients.setdefault(parameter, []).append(parameter.grad)
-                        parameter.grad = None
-                done[client] += 1
-                on_step(client.name, done[client], client.steps, loss)
-            for parameter, each in gradients.items():
-                # In place, since a step must find the memory order of the parameter.
-                parameter.grad = reduce(Tensor.add_, each).div_(len(each))
-            optimizer.step()
+        for index in order([client.steps for client in clients], seed, round_index):
+            client = clients[index]
+            loss = client.trainer.step()
+            done[index] += 1
+            on_step(client.name, done[index], client.steps, loss)
     for client in clients:
         yield client.finish(client.trainer.fitted(), round_index, received[client.name])
 
 
-def turns(steps: Sequence[int]) -> Iterator[list[int]]:
-    """For each step of a round the indices of those who take part: as often as they have steps, spread evenly."""
-    longest = max(steps)
-    for step in range(longest):
-        yield [i for i, count in enumerate(steps) if (step + 1) * count // longest > step * count // longest]
+def order(steps: Sequence[int], seed: int, round_index: int) -> list[int]:
+    """Indices of clients, each as often as it has steps, spread evenly over the round and else at random."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, round_index=round_index, purpose="order of clients"))
+    times, owners = [], []
+    for index, count in enumerate(steps):
+        times.append((torch.arange(count) + torch.rand(count, generator=generator)) / count)
+        owners += [index] * count
+    return [owners[i] for i in torch.cat(times).argsort(stable=True).tolist()]

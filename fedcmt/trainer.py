@@ -198,27 +198,12 @@ class Trainer:
         Raises:
             RunError: It is no finite number.
         """
-        loss = self.gradient()
-        started = time.perf_counter()
-        self.optimizer.step()
-        self._fitted = replace(self._fitted, seconds=self._fitted.seconds + time.perf_counter() - started)
-        return loss
-
-    def gradient(self) -> float:
-        """Leave the clipped gradient of the loss on the next batch in the parameters, within :meth:`training`.
-
-        Returns:
-            The task's loss.
-
-        Raises:
-            RunError: It is no finite number.
-        """
         assert self._batches is not None
         started, past = time.perf_counter(), self._fitted
         if 0 < past.steps == self._decoder_steps:
             self._freeze(self.trained)
         batch = next(self._batches)
-        loss = self._differentiate(batch)
+        loss = self._optimize(batch)
         if not math.isfinite(loss):
             raise RunError(
                 f"client '{self._client}', round {self._round}, step {past.steps + 1}: loss {loss}; lower "
@@ -241,7 +226,7 @@ class Trainer:
         for name, parameter in self.network.named_parameters():
             parameter.requires_grad_(name.split(".", 1)[0] in trained)
 
-    def _differentiate(self, batch: Batch) -> float:
+    def _optimize(self, batch: Batch) -> float:
         # Without a gradient a frozen part, or another network's, sees neither momentum nor weight decay.
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
@@ -254,6 +239,7 @@ class Trainer:
             if parameter.grad is not None:
                 parameter.grad.add_(parameter.detach() - anchor, alpha=self._proximal)
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), self._training.clip_norm)
+        self.optimizer.step()
         return float(loss.detach())
 
     def _autocast(self) -> torch.autocast:

@@ -1,4 +1,4 @@
-"""What a client learns from a subject: all organs or one, lesions, vessels, or whether the liver is fatty."""
+"""What a client learns from a subject: organs, lesions, vessels, or whether the liver is fatty."""
 
 from __future__ import annotations
 
@@ -7,19 +7,10 @@ from typing import Literal
 import numpy as np
 from anatomy import ORGANS, Anatomy, Tissue, coarse, make_anatomy
 
-TaskName = Literal["organ", "liver", "spleen", "kidney", "lesion", "vessel", "class"]
+TaskName = Literal["organ", "lesion", "vessel", "class"]
 
-_ORGANS: dict[TaskName, tuple[Tissue, ...]] = {
-    "organ": ORGANS,
-    "liver": (Tissue.LIVER,),
-    "spleen": (Tissue.SPLEEN,),
-    "kidney": (Tissue.KIDNEY,),
-}
 LABELS: dict[TaskName, dict[str, int]] = {
-    **{
-        task: {"background": 0, **{organ.name.lower(): i for i, organ in enumerate(organs, 1)}}
-        for task, organs in _ORGANS.items()
-    },
+    "organ": {"background": 0, **{organ.name.lower(): i for i, organ in enumerate(ORGANS, 1)}},
     "lesion": {"background": 0, "lesion": 1},
     "vessel": {"background": 0, "vessel": 1},
     "class": {"background": 0, "body": 1},  # nnU-Net asks for labels; the cases have no label maps
@@ -35,8 +26,8 @@ def make_subject(rng: np.random.Generator, steatosis: bool) -> Anatomy:
 
 def make_labels(anatomy: Anatomy, task: TaskName) -> np.ndarray:
     """Label map `[D, H, W]` uint8: the label that fills most of a voxel, where it fills enough of it."""
-    if task in _ORGANS:
-        shares = np.stack([coarse(anatomy.organ == organ) for organ in _ORGANS[task]])
+    if task == "organ":
+        shares = np.stack([coarse(anatomy.organ == organ) for organ in ORGANS])
         return np.where(shares.max(0) >= 0.5, shares.argmax(0) + 1, 0).astype(np.uint8)
     # Most vessels are thinner than a voxel: half of it would leave gaps in them.
     share, enough = (anatomy.lesion, 0.5) if task == "lesion" else (anatomy.tissue == Tissue.VESSEL, 0.35)
