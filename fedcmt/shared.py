@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedcmt import ops
 from fedcmt.exchange import ClientDescription, ClientUpdate
@@ -77,7 +77,7 @@ class SharedParts:
             for key in sorted(set(self.encoder_keys.values()))
         }
         channels = {self.adaptor_keys[client.name]: client.channels for client in clients}
-        initial = {key: common.part(count, "adaptor", f"adaptor {key}") for key, count in sorted(channels.items())}
+        initial = {key: common.adaptor(count, f"adaptor {key}") for key, count in sorted(channels.items())}
         self._adaptors = {key: adaptor for key, (adaptor, _) in initial.items()}
         self._adaptor_layouts = {key: layout for key, (_, layout) in initial.items()}
         self._decoders: dict[str, Tensor] = {}
@@ -263,8 +263,28 @@ class _Start:
     matched: dict[str, Matched]
 
     def part(self, channels: int, part: Part, purpose: str) -> tuple[Tensor, FlatLayout]:
+        return self._bound(self._network(channels, purpose), part, purpose)
+
+    def adaptor(self, channels: int, purpose: str) -> tuple[Tensor, FlatLayout]:
+        """An adaptor that treats its first channel as every other adaptor does, its second likewise, and so on.
+
+        So one encoder finds features in the same places whatever modality they come from.
+        """
+        network = self._network(channels, purpose)
+        own = parameters_of(network, "adaptor")
+        with torch.no_grad():
+            for channel in range(channels):
+                alike = parameters_of(self._network(1, f"adaptor channel {channel}"), "adaptor")
+                for name, value in own.items():
+                    if value.dim() > 1:  # a convolution, [out, in, ...], as strong for many channels as for one
+                        value[:, channel] = alike[name][:, 0] / channels**0.5
+        return self._bound(network, "adaptor", purpose)
+
+    def _network(self, channels: int, purpose: str) -> nn.Module:
         with seeded(derive_seed(self.seed, purpose=f"initial {purpose}")):
-            network = build_network(self.contract.architecture("segmentation"), channels, 2)
+            return build_network(self.contract.architecture("segmentation"), channels, 2)
+
+    def _bound(self, network: nn.Module, part: Part, purpose: str) -> tuple[Tensor, FlatLayout]:
         if self.weights is not None:
             self.matched[purpose] = start_from(network, self.weights, [part])
         parameters = parameters_of(network, part)

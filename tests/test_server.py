@@ -97,6 +97,23 @@ def test_the_order_of_arrival_changes_no_bit() -> None:
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
 
 
+def test_adaptors_of_all_groups_begin_alike_channel_by_channel() -> None:
+    network = build_network(CONTRACT.architecture("segmentation"), 2, 2)
+    layout = FlatLayout.of(parameters_of(network, "adaptor").items())
+    one = FlatLayout.of(parameters_of(build_network(CONTRACT.architecture("segmentation"), 1, 2), "adaptor").items())
+    server = make_server()
+    ct, mr = server.outgoing("ct_a").adaptor, server.outgoing("mr_a").adaptor
+    assert layout.segments[0].shape[:2] == (4, 2)
+    for single, double in zip(one.segments, layout.segments, strict=True):
+        first, both = single.view(ct), double.view(mr)
+        if first.dim() > 1:
+            torch.testing.assert_close(both[:, 0] * 2**0.5, first[:, 0])
+            assert 0.5 < float(both[:, 1].std() / both[:, 0].std()) < 2
+            assert abs(float(torch.corrcoef(torch.stack([both[:, 0].flatten(), both[:, 1].flatten()]))[0, 1])) < 0.5
+        else:
+            assert torch.equal(first, both)
+
+
 def test_momentum_carries_over() -> None:
     server = make_server("fedavg", server_momentum=0.5, server_learning_rate=0.5)
     start = server.outgoing("ct_a").encoder.clone()
