@@ -77,7 +77,7 @@ class SharedParts:
             for key in sorted(set(self.encoder_keys.values()))
         }
         channels = {self.adaptor_keys[client.name]: client.channels for client in clients}
-        initial = {key: common.adaptor(count, f"adaptor {key}") for key, count in sorted(channels.items())}
+        initial = common.adaptors(channels)
         self._adaptors = {key: adaptor for key, (adaptor, _) in initial.items()}
         self._adaptor_layouts = {key: layout for key, (_, layout) in initial.items()}
         self._decoders: dict[str, Tensor] = {}
@@ -265,20 +265,21 @@ class _Start:
     def part(self, channels: int, part: Part, purpose: str) -> tuple[Tensor, FlatLayout]:
         return self._bound(self._network(channels, purpose), part, purpose)
 
-    def adaptor(self, channels: int, purpose: str) -> tuple[Tensor, FlatLayout]:
-        """An adaptor that treats its first channel as every other adaptor does, its second likewise, and so on.
+    def adaptors(self, channels: Mapping[str, int]) -> dict[str, tuple[Tensor, FlatLayout]]:
+        """Adaptors by key for these numbers of channels, each treating its first channel as all others do, and so on.
 
         So one encoder finds features in the same places whatever modality they come from.
         """
-        network = self._network(channels, purpose)
-        own = parameters_of(network, "adaptor")
-        with torch.no_grad():
-            for channel in range(channels):
-                alike = parameters_of(self._network(1, f"adaptor channel {channel}"), "adaptor")
-                for name, value in own.items():
-                    if value.dim() > 1:  # a convolution, [out, in, ...], as strong for many channels as for one
-                        value[:, channel] = alike[name][:, 0] / channels**0.5
-        return self._bound(network, "adaptor", purpose)
+        widest = max(channels.values(), default=0)
+        alike = [parameters_of(self._network(1, f"adaptor channel {c}"), "adaptor") for c in range(widest)]
+        started = {}
+        for key, count in sorted(channels.items()):
+            network = self._network(count, f"adaptor {key}")
+            for name, value in parameters_of(network, "adaptor").items():
+                if value.dim() > 1:  # a convolution, [out, in, ...], as strong for many channels as for one
+                    value.data.copy_(torch.cat([one[name] for one in alike[:count]], 1) / count**0.5)
+            started[key] = self._bound(network, "adaptor", f"adaptor {key}")
+        return started
 
     def _network(self, channels: int, purpose: str) -> nn.Module:
         with seeded(derive_seed(self.seed, purpose=f"initial {purpose}")):

@@ -268,33 +268,22 @@ def test_a_client_that_first_appears_later_joins_then(config: FederationConfig) 
     assert [known[name]["joins_at_round"] for name in NAMES] == [1, 1, 2]
 
 
-def test_a_new_client_in_the_config_joins_and_another_leaves(config: FederationConfig) -> None:
+@pytest.mark.parametrize(("done", "goes"), [(1, [3]), (2, [3, 4])])
+def test_a_new_client_in_the_config_joins_and_another_leaves(
+    done: int, goes: list[int], config: FederationConfig
+) -> None:
+    """In the named round or, if that went by while the config was written, in the next; it must cost nobody the run."""
     clients = [client.model_dump(mode="json") for client in config.clients]
-    start = changed(config, clients=clients[:2], rounds=1)
+    start = changed(config, clients=clients[:2], rounds=done)
     assert run(InMemory(start), start)[0] == "finished"
     clients[0]["leaves_after_round"] = 1
     clients[2] |= {"joins_at_round": 2, "warmup_rounds": 1}
-    later = changed(config, clients=clients, rounds=3, nvflare={"min_clients": 1})
-    assert run(InMemory(later), later)[0] == "finished"
-    second, third = server_lines(later)[1:]
-    assert (second["members"], third["clients"]) == (["ct_b", "mr_c"], ["ct_b", "mr_c"])
-    assert (second["clients"], second["warming_up"]) == (["ct_b"], ["mr_c"])
-
-
-def test_who_joins_or_leaves_too_late_for_its_round_does_so_with_the_next(config: FederationConfig) -> None:
-    """A config may change while the round that it names is under way, which must cost nobody the run."""
-    clients = [client.model_dump(mode="json") for client in config.clients]
-    start = changed(config, clients=clients[:2], rounds=2)
-    assert run(InMemory(start), start)[0] == "finished"
-    clients[0]["leaves_after_round"] = 1
-    clients[2] |= {"joins_at_round": 2, "warmup_rounds": 1}
-    later = changed(config, clients=clients, rounds=4, nvflare={"min_clients": 1})
-    for rounds in (3, 4):  # the config stays as it is when the run is cut off and goes on
-        now = changed(later, rounds=rounds)
-        assert run(InMemory(now), now)[0] == "finished"
-    third, fourth = server_lines(later)[2:]
-    assert (third["members"], fourth["clients"]) == (["ct_b", "mr_c"], ["ct_b", "mr_c"])
-    assert (third["clients"], third["warming_up"]) == (["ct_b"], ["mr_c"])
+    for rounds in goes:  # the config stays as it is when the run is cut off and goes on
+        later = changed(config, clients=clients, rounds=rounds, nvflare={"min_clients": 1})
+        assert run(InMemory(later), later)[0] == "finished"
+    first, second = server_lines(config)[done:]
+    assert (first["members"], second["clients"]) == (["ct_b", "mr_c"], ["ct_b", "mr_c"])
+    assert (first["clients"], first["warming_up"]) == (["ct_b"], ["mr_c"])
 
 
 def test_another_federations_workspace_is_refused(config: FederationConfig) -> None:

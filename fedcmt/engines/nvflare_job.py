@@ -23,6 +23,7 @@ _PACE = {
     "dead_client_grace_period": 10.0,
     "dead_client_check_lead_time": 10.0,
 }
+_NO_FILTERS: dict[str, Any] = {"task_data_filters": [], "task_result_filters": [], "components": []}
 
 
 def write_job(config: FederationConfig, folder: Path, *, one_machine: bool) -> Path:
@@ -46,25 +47,14 @@ def write_job(config: FederationConfig, folder: Path, *, one_machine: bool) -> P
             "deploy_map": {"app": ["@ALL"]},
         },
     )
-    write_json(
-        app / "config_fed_server.json",
-        {
-            **_PACE,
-            **_no_filters(),
-            "format_version": 2,
-            "server": {"task_request_interval": _ASK_AGAIN},
-            "workflows": [{"id": "fedcmt", "path": CLASSES[0], "args": {}}],
-        },
-    )
+    workflows = [{"id": "fedcmt", "path": CLASSES[0], "args": {}}]
+    server = {"server": {"task_request_interval": _ASK_AGAIN}, "workflows": workflows}
     executors = [{"tasks": [TASK], "executor": {"path": CLASSES[1], "args": {}}}]
-    client = {"format_version": 2, "default_task_fetch_interval": _ASK_AGAIN, "executors": executors}
-    write_json(app / "config_fed_client.json", _PACE | _no_filters() | client)
+    client = {"default_task_fetch_interval": _ASK_AGAIN, "executors": executors}
+    for side, own in (("server", server), ("client", client)):
+        write_json(app / f"config_fed_{side}.json", {"format_version": 2, **_PACE, **_NO_FILTERS, **own})
     write_text(app / JOB_FILE, yaml.safe_dump(_settings(config, one_machine), sort_keys=False))
     return folder
-
-
-def _no_filters() -> dict[str, Any]:
-    return {"task_data_filters": [], "task_result_filters": [], "components": []}
 
 
 def _settings(config: FederationConfig, one_machine: bool) -> dict[str, Any]:

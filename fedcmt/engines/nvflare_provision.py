@@ -183,7 +183,6 @@ def _of_one_machine(config: FederationConfig, name: str) -> SiteSettings:
         device=config.device,
         threads=config.threads,
         share_cases="files",
-        filters=[],
     )
 
 
