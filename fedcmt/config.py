@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from fedcmt.errors import InputError
 from fedcmt.membership import Membership
@@ -24,6 +24,10 @@ def _checked_name(name: str) -> str:
     if not _NAME.fullmatch(name):
         raise ValueError("should be 1 to 64 letters, digits, '_' or '-', starting with a letter or digit")
     return name
+
+
+def _off(value: Any) -> Any:
+    return "off" if value is False else value  # YAML reads off as false
 
 
 Name = Annotated[str, AfterValidator(_checked_name)]
@@ -102,7 +106,9 @@ class TrainingConfig(Settings):
     momentum: float = Field(0.9, ge=0, lt=1, description="of sgd (Nesterov)")
     clip_norm: float = Field(1.0, gt=0, description="largest Euclidean norm of a gradient")
     optimizer_state: Literal["keep", "reset"] = Field("keep", description="across rounds")
-    mixed_precision: Literal["auto", "off"] = Field("auto", description="auto: bfloat16 on GPUs")
+    mixed_precision: Annotated[Literal["auto", "off"], BeforeValidator(_off)] = Field(
+        "auto", description="auto: bfloat16 on GPUs and on CPUs with AMX"
+    )
     deep_supervision: bool = True
     oversample_foreground: float = Field(0.33, ge=0, le=1)
     validation_batches: Count = Field(8, description="patches for the score after each round, the same every round")

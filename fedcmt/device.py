@@ -1,4 +1,4 @@
-"""Choosing the device."""
+"""Choosing the device, and what it computes well in."""
 
 from __future__ import annotations
 
@@ -26,3 +26,8 @@ def choose_device(name: str) -> torch.device:
             fix="use auto or cpu",
         )
     return device
+
+
+def trains_in_bfloat16(device: torch.device) -> bool:
+    """Whether mixed precision is worth it here: on GPUs, and on CPUs with matrix units for bfloat16 (AMX)."""
+    return device.type == "cuda" or bool(torch.cpu.get_capabilities().get("amx_bf16"))

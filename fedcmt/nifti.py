@@ -258,7 +258,13 @@ def _scaled(stored: np.ndarray, header: nib.Nifti1Header, path: Path) -> np.ndar
         return native
     if not (np.isfinite(slope) and np.isfinite(intercept)):
         raise InputError(f"{path.name} has intensity scaling {slope} x + {intercept}", field="scl_slope")
-    return native.astype(np.float64) * slope + intercept
+    try:
+        with np.errstate(over="raise"):
+            return native.astype(np.float64) * slope + intercept
+    except FloatingPointError:
+        raise InputError(
+            f"{path.name} has intensity scaling {slope} x + {intercept}, too large for its values", field="scl_slope"
+        ) from None
 
 
 def _extents(shape: Sequence[int]) -> str:

@@ -11,6 +11,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor
 
 from fedcmt.config import TopologyConfig, TrainingConfig
+from fedcmt.device import trains_in_bfloat16
 from fedcmt.errors import InputError
 from fedcmt.topology import TopologyContract
 
@@ -47,7 +48,7 @@ class nnUNetTrainerFedCMT(nnUNetTrainer):
         return scales_of_patch(super()._get_deep_supervision_scales(), len(self.configuration_manager.patch_size))
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """One step, in bfloat16 on GPUs."""
+        """One step, in bfloat16 where that is fast."""
         data = batch["data"].to(self.device, non_blocking=True)
         target = batch["target"]
         on_device: list[Tensor] | Tensor = (
@@ -56,7 +57,7 @@ class nnUNetTrainerFedCMT(nnUNetTrainer):
             else target.to(self.device, non_blocking=True)
         )
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=trains_in_bfloat16(self.device)):
             loss = self.loss(self.network(data), on_device)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), self._settings.clip_norm)

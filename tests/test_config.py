@@ -46,9 +46,10 @@ def test_overrides_reach_every_level() -> None:
             "clients.ct_a.local_steps=3",
             "clients.0.fold=all",
             "strategy.server_momentum=0.5",
+            "training.mixed_precision=off",
         ],
     )
-    assert (config.rounds, config.training.learning_rate) == (7, 0.1)
+    assert (config.rounds, config.training.learning_rate, config.training.mixed_precision) == (7, 0.1, "off")
     assert (config.clients[0].local_steps, config.clients[0].fold) == (3, "all")
     assert config.strategy == StrategyConfig(name="fedavg", server_momentum=0.5)
 

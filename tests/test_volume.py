@@ -268,6 +268,12 @@ def expect_one_line(path: Path, field: str | None = None) -> str:
     return line
 
 
+def test_scaling_beyond_what_numbers_hold_is_refused(tmp_path: Path) -> None:
+    nib.Nifti1Image(np.full((5, 6, 4), 1e300), np.eye(4)).to_filename(tmp_path / "bad.nii")
+    edit_header(tmp_path / "bad.nii", scl_slope=1e30, scl_inter=0)
+    expect_one_line(tmp_path / "bad.nii", "scl_slope")
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_values_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
     data = voxels_xyz("float32")
