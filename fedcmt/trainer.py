@@ -76,6 +76,9 @@ class Trainer:
                 plan.num_heads,
                 deep_supervision=training.deep_supervision,
             )
+        # Decoders begin alike, so that those of the same task can be averaged.
+        with seeded(derive_seed(seed, purpose="initial decoder")):
+            network.decoder.apply(network.initialize)
         self.network = network.to(device).to(memory_format=torch.channels_last_3d)
         self.encoder, self.encoder_layout = self._share("encoder")
         self.adaptor, self.adaptor_layout = self._share("adaptor")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from fedcmt.layout import FlatLayout, Segment
 from fedcmt.network import build_network, parameters_of
 from fedcmt.strategies.base import DecoderRound
 from fedcmt.strategies.conflict_averse import cagrad_weights
-from fedcmt.strategies.matching import matched_mean
+from fedcmt.strategies.matching import matched_mean, part
 from fedcmt.strategies.stages import stage_bounds
 from fedcmt.topology import TopologyContract
 
@@ -136,6 +137,27 @@ def test_tensors_of_equal_name_and_shape_are_averaged() -> None:
     assert torch.equal(result["c"][16:], values["c"][16:])
     untouched = matched_mean(values, layouts(), {"a": 0, "b": 0, "c": 0})
     assert all(torch.equal(untouched[name], values[name]) for name in "abc")
+
+
+def test_clients_of_the_same_labels_go_on_from_the_mean_of_their_decoders() -> None:
+    flats = layouts()
+    clients = tuple(
+        replace(describe(name, modality, 1, target), decoder_layout=flats[name], num_cases=cases)
+        for name, modality, target, cases in (
+            ("a", "CT", "organ", 3),
+            ("b", "MR", "organ", 1),
+            ("c", "CT", "lesion", 1),
+        )
+    )
+    values = {name: torch.randn(32, generator=torch.Generator().manual_seed(i)) for i, name in enumerate("abc")}
+    strategy = make("fedcmt", decoders="same_task")
+    result = strategy.combine_decoders(DecoderRound(clients, values, {}))
+    mean = 0.75 * values["a"] + 0.25 * values["b"]
+    for name in "ab":
+        assert all(torch.allclose(part(result[name], s), part(mean, s)) for s in flats[name].segments)
+    assert torch.equal(result["c"], values["c"])
+    assert strategy.exchanges_decoders
+    assert not make("fedcmt").exchanges_decoders
 
 
 def test_fedhca2_decoders_attend_over_matching_tensors() -> None:

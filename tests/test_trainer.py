@@ -40,6 +40,17 @@ def quiet(step: int, loss: float) -> None:
     """Nobody watches."""
 
 
+def test_decoders_of_all_clients_begin_alike(plans: dict[str, ClientPlan]) -> None:
+    one, other = (
+        Trainer(plans[name], TrainingConfig(), client=name, seed=1, rounds=2, device=torch.device("cpu")).network
+        for name in ("ct_plain", "mr_two")
+    )
+    first, second = (dict(network.decoder.named_parameters()) for network in (one, other))
+    alike = [name for name in first if first[name].shape == second[name].shape]
+    assert len(alike) > len(first) / 2
+    assert all(torch.equal(first[name], second[name]) for name in alike if "seg_layers" not in name)
+
+
 @pytest.mark.parametrize("client", ["ct_plain", "ct_regions", "mr_two", "mr_class"])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_restored_training_continues_bit_for_bit(

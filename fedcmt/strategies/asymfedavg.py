@@ -24,7 +24,6 @@ class AsymFedAvg(Strategy):
     name: ClassVar[str] = "asymfedavg"
     settings_model: ClassVar[type[Settings]] = StepSettings
     settings: StepSettings
-    exchanges_decoders: ClassVar[bool] = True
     matches_adaptors: ClassVar[bool] = True
 
     def weights(self, updates: RoundUpdates) -> Tensor:

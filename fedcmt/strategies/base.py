@@ -134,7 +134,6 @@ class Strategy(ABC):
     settings_model: ClassVar[type[Settings]]
     federated: ClassVar[bool] = True  # False: nothing is exchanged after the common start
     pooled: ClassVar[bool] = False  # all clients' data train one model, which only a single process can do
-    exchanges_decoders: ClassVar[bool] = False
     matches_adaptors: ClassVar[bool] = False  # average adaptors' tensors of equal name and shape across keys too
 
     def __init__(self, settings: Settings) -> None:
@@ -185,6 +184,11 @@ class Strategy(ABC):
     def client_work(self) -> ClientWork:
         """What clients do besides plain local training."""
         return ClientWork()
+
+    @property
+    def exchanges_decoders(self) -> bool:
+        """Whether decoders travel."""
+        return self.client_work.sends_decoder
 
     def combine_decoders(self, decoders: DecoderRound) -> dict[str, Tensor]:
         """The decoders that clients get, by client; only where decoders are exchanged."""

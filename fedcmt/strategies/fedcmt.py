@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
@@ -16,6 +17,7 @@ from fedcmt.strategies.base import (
     SHARED,
     AdaptorSharing,
     Combination,
+    DecoderRound,
     RoundUpdates,
     ServerOptimizer,
     Strategy,
@@ -25,6 +27,7 @@ from fedcmt.strategies.base import (
 from fedcmt.strategies.client_work import ClientSettings, ClientWork
 from fedcmt.strategies.conflict_averse import cagrad_weights
 from fedcmt.strategies.gram import lengthened
+from fedcmt.strategies.matching import matched_mean
 from fedcmt.strategies.server_rule import RuleSettings
 from fedcmt.strategies.stages import stage_bounds
 
@@ -42,6 +45,10 @@ class FedCMTSettings(RuleSettings, ClientSettings):
         0, ge=0, le=16, description="of clustered encoders: first stages that all clients share nevertheless"
     )
     per_stage: bool = Field(False, description="a step of its own for each stage, from the Gram matrix of each")
+    decoders: Literal["personal", "same_task"] = Field(
+        "personal",
+        description="a round begins from the client's own, or from the mean over clients of equal labels",
+    )
     adaptors: AdaptorSharing = Field(
         "group", description="who shares an adaptor: equal modality and channels, equal channels, or nobody"
     )
@@ -124,4 +131,15 @@ class FedCMT(Strategy):
     @property
     def client_work(self) -> ClientWork:
         """What the settings ask for."""
-        return self.settings.work()
+        return replace(self.settings.work(), sends_decoder=self.settings.decoders == "same_task")
+
+    def combine_decoders(self, decoders: DecoderRound) -> dict[str, Tensor]:
+        """The mean by cases over clients of equal task and labels."""
+        combined: dict[str, Tensor] = {}
+        for client in decoders.clients:
+            if client.name not in combined:
+                alike = {other.name: other for other in decoders.clients if client.same_task(other)}
+                values = {name: decoders.values[name] for name in alike}
+                cases = {name: other.num_cases for name, other in alike.items()}
+                combined |= matched_mean(values, {name: decoders.layouts[name] for name in alike}, cases)
+        return combined

@@ -41,7 +41,6 @@ class FedHCA2(Strategy):
     name: ClassVar[str] = "fedhca2"
     settings_model: ClassVar[type[Settings]] = FedHCA2Settings
     settings: FedHCA2Settings
-    exchanges_decoders: ClassVar[bool] = True
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
