@@ -21,7 +21,7 @@ from fedcmt.errors import RunError
 from fedcmt.exchange import PARTS
 from fedcmt.files import copy_into
 from fedcmt.layout import FlatLayout
-from fedcmt.network import Part, build_network, parameters_of
+from fedcmt.network import AdaptedEncoder, Part, build_network, parameters_of
 from fedcmt.objective import Objective, Validation, make_objective
 from fedcmt.plans import ClientPlan
 from fedcmt.seeding import derive_seed, seeded
@@ -78,7 +78,7 @@ class Trainer:
             )
         # Decoders begin alike, so that those of the same task can be averaged.
         with seeded(derive_seed(seed, purpose="initial decoder")):
-            network.decoder.apply(network.initialize)
+            network.get_submodule("decoder").apply(AdaptedEncoder.initialize)
         self.network = network.to(device).to(memory_format=torch.channels_last_3d)
         self.encoder, self.encoder_layout = self._share("encoder")
         self.adaptor, self.adaptor_layout = self._share("adaptor")

@@ -15,6 +15,7 @@ from fedcmt.layout import FlatLayout, Segment
 from fedcmt.network import build_network, parameters_of
 from fedcmt.strategies.base import DecoderRound
 from fedcmt.strategies.conflict_averse import cagrad_weights
+from fedcmt.strategies.gram import lengthened
 from fedcmt.strategies.matching import matched_mean, part
 from fedcmt.strategies.stages import stage_bounds
 from fedcmt.topology import TopologyContract
@@ -156,6 +157,15 @@ def test_clients_of_the_same_labels_go_on_from_the_mean_of_their_decoders() -> N
     for name in "ab":
         assert all(torch.allclose(part(result[name], s), part(mean, s)) for s in flats[name].segments)
     assert torch.equal(result["c"], values["c"])
+    # Once the server knows where the steps began, the common one is as long as an encoder's.
+    sent = {name: torch.full((32,), 0.5) for name in "abc"}
+    longer = make("fedcmt", decoders="same_task", step_length="restored")
+    deltas = torch.stack([values[name] - 0.5 for name in "ab"]).double()
+    weights = lengthened(torch.tensor([0.75, 0.25], dtype=torch.float64), deltas @ deltas.T, "restored")
+    assert float(weights.sum()) > 1.05
+    result = longer.combine_decoders(DecoderRound(clients, values, sent))
+    assert all(torch.allclose(result[name].double(), 0.5 + weights @ deltas, atol=1e-5) for name in "ab")
+    assert torch.allclose(result["c"], values["c"])
     assert strategy.exchanges_decoders
     assert not make("fedcmt").exchanges_decoders
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal
 
@@ -9,6 +10,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from fedcmt import ops
 from fedcmt.config import Settings
 from fedcmt.errors import InputError
 from fedcmt.exchange import ClientDescription
@@ -27,7 +29,6 @@ from fedcmt.strategies.base import (
 from fedcmt.strategies.client_work import ClientSettings, ClientWork
 from fedcmt.strategies.conflict_averse import cagrad_weights
 from fedcmt.strategies.gram import lengthened
-from fedcmt.strategies.matching import matched_mean
 from fedcmt.strategies.server_rule import RuleSettings
 from fedcmt.strategies.stages import stage_bounds
 
@@ -134,12 +135,27 @@ class FedCMT(Strategy):
         return replace(self.settings.work(), sends_decoder=self.settings.decoders == "same_task")
 
     def combine_decoders(self, decoders: DecoderRound) -> dict[str, Tensor]:
-        """The mean by cases over clients of equal task and labels."""
+        """The mean by cases over clients of equal task and labels, and the step to it as long as an encoder's.
+
+        A first step is the mean itself, since the server does not know yet where it began.
+        """
         combined: dict[str, Tensor] = {}
         for client in decoders.clients:
             if client.name not in combined:
-                alike = {other.name: other for other in decoders.clients if client.same_task(other)}
-                values = {name: decoders.values[name] for name in alike}
-                cases = {name: other.num_cases for name, other in alike.items()}
-                combined |= matched_mean(values, {name: decoders.layouts[name] for name in alike}, cases)
+                alike = [other for other in decoders.clients if client.same_task(other)]
+                common = self._common_decoder(alike, decoders)
+                combined |= {other.name: common.clone() for other in alike}
         return combined
+
+    def _common_decoder(self, clients: Sequence[ClientDescription], decoders: DecoderRound) -> Tensor:
+        weights = by_cases(torch.tensor([client.num_cases for client in clients]))
+        values = [decoders.values[client.name] for client in clients]
+        mean = ops.weighted_mean(values, weights)
+        assert isinstance(mean, Tensor)
+        if any(client.name not in decoders.sent for client in clients):
+            return mean
+        steps = [value - decoders.sent[client.name] for client, value in zip(clients, values, strict=True)]
+        factor = float(lengthened(weights, ops.gramian(steps).cpu(), self.settings.step_length).sum())
+        before = ops.weighted_mean([decoders.sent[client.name] for client in clients], weights)
+        assert isinstance(before, Tensor)
+        return before + factor * (mean - before)
