@@ -59,7 +59,7 @@ class Outgoing:
     round_index: int
     encoder: Tensor  # [P]
     adaptor: Tensor  # [A]
-    decoder: Tensor | None = None  # [D], only where decoders are exchanged, after the client has sent its own
+    decoder: Tensor | None = None  # [D], only where decoders are exchanged and the server has one
     trained: tuple[str, ...] = PARTS  # parts that the client trains this round; the others stay as received
 
 

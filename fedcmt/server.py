@@ -303,7 +303,7 @@ class Server:
             line["groups"] = self._shared.step_adaptors(adaptors)
         self._shared.trained_adaptors |= {keys[update.client] for update in counted}
         if self._strategy.exchanges_decoders:
-            self._shared.step_decoders(counted)
+            self._shared.step_decoders(counted, warming)
         return line
 
     def _step_encoders(self, counted: Sequence[ClientUpdate]) -> dict[str, Any]:

@@ -101,8 +101,12 @@ class SharedParts:
         """Starting parameters of a client that joins a running federation.
 
         An encoder that nobody has trained becomes the mean of those that somebody has; an adaptor, if the client wants
-        that, the one of most cases that has the same shape.
+        that, the one of most cases that has the same shape. The decoder is the one that it will share, if it will.
         """
+        for name, decoder in self._decoders.items():
+            if self._decoder_key(name) == self._decoder_key(client.name):
+                self._decoders[client.name] = decoder.clone()
+                break
         key = self.encoder_keys[client.name]
         trained = [self._encoders[other].params for other in sorted(self.trained_encoders)]
         if key not in self.trained_encoders and trained:
@@ -202,13 +206,21 @@ class SharedParts:
                 self._adaptors[key].copy_(adaptor)
         return groups
 
-    def step_decoders(self, updates: Sequence[ClientUpdate]) -> None:
-        """Combine the decoders, where they travel."""
+    def step_decoders(self, updates: Sequence[ClientUpdate], warming: Sequence[ClientUpdate]) -> None:
+        """Combine the decoders, where they travel; those of clients that are warming up stay with them."""
+        for update in warming:
+            self._decoders.pop(update.client, None)
         values = {update.client: update.decoder for update in updates if update.decoder is not None}
         if values:
             clients = tuple(self._clients[name] for name in values)
             sent = {name: self._decoders[name] for name in values if name in self._decoders}
-            self._decoders |= self._strategy.combine_decoders(DecoderRound(clients, values, sent))
+            combined = self._strategy.combine_decoders(DecoderRound(clients, values, sent))
+            shared = {self._decoder_key(name): decoder for name, decoder in combined.items()}
+            absent = [name for name in self._decoders if name not in combined and self._decoder_key(name) in shared]
+            self._decoders |= combined | {name: shared[self._decoder_key(name)].clone() for name in absent}
+
+    def _decoder_key(self, client: str) -> str:
+        return self._strategy.decoder_key(self._clients[client])
 
     def tensors(self) -> dict[str, Tensor]:
         """All that must be remembered, by name; writing into a tensor changes the part."""

@@ -169,6 +169,10 @@ class Strategy(ABC):
         """Clients of equal key share an adaptor."""
         return client.group
 
+    def decoder_key(self, client: ClientDescription) -> str:
+        """Where decoders are exchanged, clients of equal key go on from the same one."""
+        return client.name
+
     def segments(self, layout: FlatLayout) -> list[int] | None:
         """Bounds of parts of the encoder with weights of their own; None for none."""
         return None

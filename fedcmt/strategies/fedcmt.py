@@ -84,6 +84,10 @@ class FedCMT(Strategy):
         """By modality and channels, unless set otherwise."""
         return adaptor_key(client, self.settings.adaptors)
 
+    def decoder_key(self, client: ClientDescription) -> str:
+        """The client's own, or that of its task and labels."""
+        return client.name if self.settings.decoders == "personal" else f"{client.task} {client.target}"
+
     def server_optimizer(self, round_index: int, rounds: int) -> ServerOptimizer:
         """Momentum, or the chosen rule."""
         return self.settings.rule(round_index, rounds)
@@ -142,7 +146,8 @@ class FedCMT(Strategy):
         combined: dict[str, Tensor] = {}
         for client in decoders.clients:
             if client.name not in combined:
-                alike = [other for other in decoders.clients if client.same_task(other)]
+                key = self.decoder_key(client)
+                alike = [other for other in decoders.clients if self.decoder_key(other) == key]
                 common = self._common_decoder(alike, decoders)
                 combined |= {other.name: common.clone() for other in alike}
         return combined
