@@ -100,7 +100,7 @@ def test_last_model_holds_the_servers_encoder(finished: Path) -> None:
     for key in shared:
         assert all(torch.equal(model[key], last[0][key]) for model in last)
     assert torch.equal(last[0]["adaptor.conv.weight"], last[1]["adaptor.conv.weight"])
-    assert not torch.equal(last[0]["decoder.seg_layers.0.weight"], last[2]["decoder.seg_layers.0.weight"])
+    assert not torch.equal(last[0]["decoder.transpconvs.0.weight"], last[2]["decoder.transpconvs.0.weight"])
 
 
 def test_results_name_their_kind(finished: Path) -> None:
