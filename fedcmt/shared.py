@@ -103,10 +103,10 @@ class SharedParts:
         An encoder that nobody has trained becomes the mean of those that somebody has; an adaptor, if the client wants
         that, the one of most cases that has the same shape. The decoder is the one that it will share, if it will.
         """
-        for name, decoder in self._decoders.items():
-            if self._decoder_key(name) == self._decoder_key(client.name):
-                self._decoders[client.name] = decoder.clone()
-                break
+        own_key = self._decoder_key(client.name)
+        common = next((self._decoders[name] for name in self._decoders if self._decoder_key(name) == own_key), None)
+        if common is not None:
+            self._decoders[client.name] = common.clone()
         key = self.encoder_keys[client.name]
         trained = [self._encoders[other].params for other in sorted(self.trained_encoders)]
         if key not in self.trained_encoders and trained:

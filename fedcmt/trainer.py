@@ -94,6 +94,8 @@ class Trainer:
             plan, training, device, client=client, seed=seed, data=data or DataConfig()
         )
         self.optimizer = self.new_optimizer(list(self.network.parameters()))
+        # bfloat16 needs no loss scaling, so there is no scaler state to carry across rounds.
+        self._mixed_precision = training.mixed_precision == "auto" and trains_in_bfloat16(device)
         self._round = 0
         self._batches: ReadAhead[Batch] | None = None  # while a round's training lasts
         self._fitted = FitResult(0, 0.0, training.learning_rate, 0.0, 0.0, 0.0)  # sums over the steps of this round
@@ -248,9 +250,7 @@ class Trainer:
         return float(loss.detach())
 
     def _autocast(self) -> torch.autocast:
-        # bfloat16 needs no loss scaling, so there is no scaler state to carry across rounds.
-        mixed = self._training.mixed_precision == "auto" and trains_in_bfloat16(self._device)
-        return torch.autocast(self._device.type, torch.bfloat16, enabled=mixed)
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._mixed_precision)
 
     @torch.no_grad()
     def validate(self) -> Validation:

@@ -155,12 +155,17 @@ class FedCMT(Strategy):
     def _common_decoder(self, clients: Sequence[ClientDescription], decoders: DecoderRound) -> Tensor:
         weights = by_cases(torch.tensor([client.num_cases for client in clients]))
         values = [decoders.values[client.name] for client in clients]
-        mean = ops.weighted_mean(values, weights)
-        assert isinstance(mean, Tensor)
         if any(client.name not in decoders.sent for client in clients):
-            return mean
-        steps = [value - decoders.sent[client.name] for client, value in zip(clients, values, strict=True)]
-        factor = float(lengthened(weights, ops.gramian(steps).cpu(), self.settings.step_length).sum())
-        before = ops.weighted_mean([decoders.sent[client.name] for client in clients], weights)
-        assert isinstance(before, Tensor)
-        return before + factor * (mean - before)
+            return _mean(values, weights)
+        sent = [decoders.sent[client.name] for client in clients]
+        steps = [value - before for value, before in zip(values, sent, strict=True)]
+        common = _mean(sent, weights)
+        weights = lengthened(weights, ops.gramian(steps).cpu(), self.settings.step_length)
+        ops.server_step(common, None, steps, weights, lr=1.0)
+        return common
+
+
+def _mean(values: Sequence[Tensor], weights: Tensor) -> Tensor:
+    mean = ops.weighted_mean(values, weights)
+    assert isinstance(mean, Tensor)
+    return mean
