@@ -11,8 +11,9 @@ from typing import Any
 from fedcmt import __version__
 from fedcmt.cli_nvflare import add_nvflare_commands
 from fedcmt.command import run_command
-from fedcmt.config import ClientConfig, TopologyConfig, load_config, validated
+from fedcmt.config import ClientConfig, TopologyConfig, load_config
 from fedcmt.errors import InputError
+from fedcmt.settings import validated
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,49 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
 import os
-import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from fedcmt.errors import InputError
 from fedcmt.membership import Membership
 from fedcmt.overrides import apply_override
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-
-
-def _checked_name(name: str) -> str:
-    if not _NAME.fullmatch(name):
-        raise ValueError("should be 1 to 64 letters, digits, '_' or '-', starting with a letter or digit")
-    return name
+from fedcmt.settings import Count, Depth, Extent, Kernel, Name, Settings, Spacing, Strides, Width, validated
 
 
 def _off(value: Any) -> Any:
     return "off" if value is False else value  # YAML reads off as false
-
-
-Name = Annotated[str, AfterValidator(_checked_name)]
-# Upper bounds are far beyond use; they turn a slip of the keyboard into a line instead of a machine out of memory.
-Count = Annotated[int, Field(ge=1, le=1_000_000)]
-Width = Annotated[int, Field(ge=1, le=4096)]
-Depth = Annotated[int, Field(ge=1, le=16)]
-Strides = Annotated[list[Annotated[int, Field(ge=1, le=8)]], Field(min_length=3, max_length=3)]
-Kernel = Annotated[list[Annotated[int, Field(ge=1, le=31)]], Field(min_length=3, max_length=3)]
-Extent = Annotated[list[Annotated[int, Field(ge=1, le=1024)]], Field(min_length=3, max_length=3)]
-Spacing = Annotated[list[Annotated[float, Field(ge=0.01, le=100)]], Field(min_length=3, max_length=3)]
-
-
-class Settings(BaseModel):
-    """A group of settings: immutable, no unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class TopologyConfig(Settings):
@@ -313,66 +287,6 @@ class FederationConfig(Settings):
     def workspace_folder(self) -> Path:
         """Where the run writes."""
         return self.workspace or Path("workspace") / self.name
-
-
-Model = TypeVar("Model", bound=BaseModel)
-
-
-def validated(model: type[Model], data: Any, where: str = "") -> Model:
-    """Build a settings model or say in one line what is wrong.
-
-    Args:
-        model: The pydantic model.
-        data: What the user wrote.
-        where: Name of the enclosing field, for the message.
-
-    Raises:
-        InputError: Names the field, what was found, and for an unknown key the nearest known one.
-    """
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        errors = error.errors(include_url=False)
-    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    location = [str(part) for part in first["loc"]]
-    client = _client_name(data, first["loc"])
-    field = ".".join([part for part in (where, *location) if part]) or None
-    if first["type"] == "extra_forbidden":
-        known = _fields_at(model, first["loc"][:-1])
-        close = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.0)
-        raise InputError(
-            f"unknown key '{location[-1]}'",
-            client=client,
-            field=field,
-            fix=f"did you mean '{close[0]}'?" if close else None,
-        ) from None
-    shown = first["type"] != "missing" and not isinstance(first["input"], (dict, list))
-    found = f", found {str(first['input'])[:80]!r}" if shown else ""
-    raise InputError(first["msg"].removeprefix("Value error, ") + found, client=client, field=field) from None
-
-
-def _client_name(data: Any, location: Sequence[str | int]) -> str | None:
-    if len(location) > 1 and location[0] == "clients" and isinstance(location[1], int):
-        entry = data["clients"][location[1]]
-        return str(entry["name"])[:80] if isinstance(entry, Mapping) and "name" in entry else f"number {location[1]}"
-    return None
-
-
-def _fields_at(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
-    nested: dict[str, type[BaseModel]] = {
-        "clients": ClientConfig,
-        "topology": TopologyConfig,
-        "training": TrainingConfig,
-        "data": DataConfig,
-        "inference": InferenceConfig,
-        "nvflare": NvflareConfig,
-    }
-    names = [part for part in location if isinstance(part, str)]
-    inner = nested.get(names[0]) if names else None
-    if names and inner is None and names[0] in model.model_fields:  # a group of settings within a strategy's
-        annotation = model.model_fields[names[0]].annotation
-        inner = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
-    return list((inner or model).model_fields)
 
 
 def load_config(

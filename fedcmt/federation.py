@@ -29,6 +29,7 @@ from fedcmt.preparation import load_datasets, prepare, write_client_description
 from fedcmt.report import write_report
 from fedcmt.scoring import score_client
 from fedcmt.server import Server
+from fedcmt.topology import AgreedTopology
 
 
 @dataclass(frozen=True)
@@ -95,10 +96,7 @@ def run_federation(
         _start(config, weights, first, server, clients, display)
         if fresh:
             workspace.clear()
-        write_text(workspace.config, dump_config(config))
-        write_json(workspace.contract, contract.as_json())
-        for name, plan in plans.items():
-            write_client_description(workspace.client(name), plan)
+        _describe(workspace, config, contract, plans)
         lines = _resume(workspace, server, clients, display)
         curves = None if scores_only else stack.enter_context(Curves(workspace.tensorboard, server.round_index))
         for round_index in range(server.round_index + 1, config.rounds + 1):
@@ -111,6 +109,16 @@ def run_federation(
         if not scores_only:
             _present(workspace, display)
     return FederationResult(workspace.path, config.rounds, results)
+
+
+def _describe(
+    workspace: Workspace, config: FederationConfig, contract: AgreedTopology, plans: Mapping[str, ClientPlan]
+) -> None:
+    """Write down what does not change from round to round."""
+    write_text(workspace.config, dump_config(config))
+    write_json(workspace.contract, contract.as_json())
+    for name, plan in plans.items():
+        write_client_description(workspace.client(name), plan)
 
 
 def run_round(server: Server, clients: Sequence[Client], round_index: int, display: Display) -> list[dict[str, Any]]:

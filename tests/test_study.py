@@ -20,8 +20,8 @@ import plan as plans  # noqa: E402
 import tables  # noqa: E402
 import work  # noqa: E402
 
-from fedcmt.config import Settings, validated  # noqa: E402
 from fedcmt.errors import InputError  # noqa: E402
+from fedcmt.settings import Settings, validated  # noqa: E402
 
 
 def plan_of(parts: dict, **settings: object) -> plans.Plan:

@@ -15,10 +15,10 @@ from mr import CHANNELS, MRScanner
 from pydantic import Field, model_validator
 from tasks import CLASSES, LABELS, TaskName, make_labels, make_subject
 
-from fedcmt.config import Settings, validated
 from fedcmt.errors import InputError
 from fedcmt.files import read_json, write_json, write_text
 from fedcmt.seeding import derive_seed
+from fedcmt.settings import Settings, validated
 from fedcmt.volume import Volume, write_segmentation, write_volume
 
 PRESETS = Path(__file__).parent

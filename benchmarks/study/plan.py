@@ -10,8 +10,9 @@ import yaml
 from pydantic import Field, model_validator
 
 from fedcmt import strategies
-from fedcmt.config import Count, Settings, StrategyConfig, validated
+from fedcmt.config import StrategyConfig
 from fedcmt.errors import InputError
+from fedcmt.settings import Count, Settings, validated
 from fedcmt.variants import Variant, parse_variants
 
 PLAN = Path(__file__).parent / "plan.yaml"

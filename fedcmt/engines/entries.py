@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fedcmt.config import Name
 from fedcmt.engines.messages import MessageError, Text
+from fedcmt.settings import Name
 
 Shares = Literal["no", "scores", "files"]  # of single cases: nothing, names and scores, paths too (one machine)
 

@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from fedcmt.config import Name
+from fedcmt.settings import Name
 
 PROTOCOL = 1
 WIRE_DTYPES = {

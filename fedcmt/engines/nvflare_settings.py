@@ -10,9 +10,10 @@ from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContext
 from pydantic import Field
 
-from fedcmt.config import FederationConfig, FilterConfig, Settings, Width, load_config, validated
+from fedcmt.config import FederationConfig, FilterConfig, load_config
 from fedcmt.engines.entries import Shares
 from fedcmt.errors import InputError
+from fedcmt.settings import Settings, Width, validated
 
 JOB_FILE = "fedcmt.yaml"  # beside the job's own configuration
 SITE_FILE = "fedcmt.yaml"  # in the folder `local` of a start-up kit

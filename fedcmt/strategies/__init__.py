@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 
-from fedcmt.config import StrategyConfig, validated
+from fedcmt.config import StrategyConfig
 from fedcmt.errors import InputError
+from fedcmt.settings import validated
 from fedcmt.strategies.affinity import AffinityStrategy
 from fedcmt.strategies.asymfedavg import AsymFedAvg
 from fedcmt.strategies.base import Strategy

@@ -11,9 +11,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from fedcmt import ops
-from fedcmt.config import Settings
 from fedcmt.exchange import ClientDescription
 from fedcmt.layout import FlatLayout
+from fedcmt.settings import Settings
 from fedcmt.strategies.base import Combination, RoundUpdates, ServerSettings, Strategy
 from fedcmt.strategies.client_work import ClientSettings, ClientWork
 from fedcmt.strategies.gram import cosines

@@ -11,10 +11,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedcmt.config import Settings
 from fedcmt.exchange import ClientDescription
 from fedcmt.layout import FlatLayout
 from fedcmt.ops import Optimizer
+from fedcmt.settings import Settings
 from fedcmt.strategies.client_work import ClientWork
 from fedcmt.strategies.gram import StepLength, lengthened
 from fedcmt.strategies.schedule import cosine

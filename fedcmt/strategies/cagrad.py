@@ -7,7 +7,7 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from fedcmt.config import Settings
+from fedcmt.settings import Settings
 from fedcmt.strategies.base import RoundUpdates, by_cases
 from fedcmt.strategies.conflict_averse import cagrad_weights
 from fedcmt.strategies.fedavg import AveragingSettings, FedAvg

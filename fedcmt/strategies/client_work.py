@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from fedcmt.config import Count, Settings
+from fedcmt.settings import Count, Settings
 
 Adoption = Literal["always", "safeguard", "mixed", "learned"]
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from fedcmt.config import Count, Settings
+from fedcmt.settings import Count, Settings
 from fedcmt.strategies.client_work import ClientWork
 from fedcmt.strategies.fedavg import AveragingSettings, FedAvg
 

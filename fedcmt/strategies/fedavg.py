@@ -7,8 +7,8 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from fedcmt.config import Settings
 from fedcmt.exchange import ClientDescription
+from fedcmt.settings import Settings
 from fedcmt.strategies.base import AdaptorSharing, RoundUpdates, StepSettings, Strategy, adaptor_key, by_cases
 
 

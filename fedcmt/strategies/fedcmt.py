@@ -11,10 +11,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from fedcmt import ops
-from fedcmt.config import Settings
 from fedcmt.errors import InputError
 from fedcmt.exchange import ClientDescription
 from fedcmt.layout import FlatLayout
+from fedcmt.settings import Settings
 from fedcmt.strategies.base import (
     SHARED,
     AdaptorSharing,

@@ -7,7 +7,7 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from fedcmt.config import Settings
+from fedcmt.settings import Settings
 from fedcmt.strategies.base import RoundUpdates, StepSettings, Strategy, by_cases
 from fedcmt.strategies.client_work import ClientWork, DistillationSettings
 from fedcmt.strategies.conflict_averse import cagrad_weights

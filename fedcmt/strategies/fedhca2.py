@@ -9,8 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedcmt.config import Settings
 from fedcmt.exchange import ClientDescription
+from fedcmt.settings import Settings
 from fedcmt.strategies.base import Combination, DecoderRound, RoundUpdates, ServerSettings, Strategy
 from fedcmt.strategies.client_work import ClientWork
 from fedcmt.strategies.conflict_averse import cagrad_weights

@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from fedcmt.config import Settings
 from fedcmt.ops import Optimizer
+from fedcmt.settings import Settings
 from fedcmt.strategies.base import ServerOptimizer
 from fedcmt.strategies.fedavg import AveragingSettings, FedAvg
 from fedcmt.strategies.server_rule import RuleSettings

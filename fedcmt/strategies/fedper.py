@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fedcmt.config import Settings
 from fedcmt.exchange import ClientDescription
+from fedcmt.settings import Settings
 from fedcmt.strategies.base import RoundUpdates, StepSettings, Strategy, by_cases
 
 

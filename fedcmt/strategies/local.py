@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fedcmt.config import Settings
+from fedcmt.settings import Settings
 from fedcmt.strategies.base import RoundUpdates, Strategy
 
 

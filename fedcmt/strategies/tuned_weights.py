@@ -9,8 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedcmt.config import Settings
 from fedcmt.errors import InputError
+from fedcmt.settings import Settings
 from fedcmt.strategies.base import RoundUpdates
 from fedcmt.strategies.fedavg import AveragingSettings, FedAvg
 
