@@ -1,4 +1,4 @@
-"""One client: describe, fit, evaluate. Knows no engine; its decoder and optimizer never leave its folder."""
+"""One client: describe, fit, evaluate. Knows no engine; its optimizer never leaves its folder."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Client:
         self._best_facts: dict[str, Any] = {}
         self._best_model: dict[str, Tensor] | None = None  # of this round, until saved
         self._local: Validation | None = None  # of this round's local training
-        self._began: tuple[Tensor, Tensor] | None = None  # encoder and adaptor before it
+        self._began: dict[str, Tensor] = {}  # the parts that travel, before it
         self._own_share = 0.0  # of its own model in the one that it goes on from; the rest is the server's
         self._line: dict[str, Any] = {}
 
@@ -118,7 +118,7 @@ class Client:
     @property
     def layouts(self) -> dict[str, FlatLayout]:
         """Of the parts of an update: which parameter stands where."""
-        return {"encoder": self.trainer.encoder_layout, "adaptor": self.trainer.adaptor_layout}
+        return {name: layout for name, (_, layout) in self.trainer.exchanged.items()}
 
     def start_from(self, weights: Mapping[str, Tensor]) -> Matched:
         """Start the client's own decoder from a checkpoint; encoder and adaptor come from the server."""
@@ -147,13 +147,12 @@ class Client:
 
     def begin(self, outgoing: Outgoing | None) -> None:
         """Receive what local training starts from; None for the client's own."""
-        trainer = self.trainer
         if outgoing is not None:
             if not self._own_share:
                 self._receive(outgoing)
-            trainer.receive(outgoing.encoder, outgoing.adaptor)
-            trainer.trained = outgoing.trained
-        self._began = ops.copy_buffer(trainer.encoder), ops.copy_buffer(trainer.adaptor)
+            self.trainer.receive(outgoing.encoder, outgoing.adaptor)
+            self.trainer.trained = outgoing.trained
+        self._began = {name: ops.copy_buffer(flat) for name, (flat, _) in self.trainer.exchanged.items()}
 
     def finish(self, fitted: FitResult, round_index: int, outgoing: Outgoing | None) -> ClientUpdate:
         """Validate what training made, and train the personal model where there is one.
@@ -166,23 +165,21 @@ class Client:
         Returns:
             The update: what training changed since :meth:`begin`.
         """
-        trainer = self.trainer
-        assert self._began is not None
-        (encoder, adaptor), self._began = self._began, None
-        torch.sub(trainer.encoder, encoder, out=encoder)
-        torch.sub(trainer.adaptor, adaptor, out=adaptor)
-        for update, layout in ((encoder, trainer.encoder_layout), (adaptor, trainer.adaptor_layout)):
+        update, self._began = self._began, {}
+        knows = outgoing is None or outgoing.decoder is not None
+        start = None if knows or "decoder" not in update else update["decoder"].clone()
+        for name, (flat, layout) in self.trainer.exchanged.items():
+            torch.sub(flat, update[name], out=update[name])
             for segment in self._local_segments(layout):
-                part(update, segment).zero_()
+                part(update[name], segment).zero_()
         self._local, seconds = self._validate("local", round_index)
-        self._line = self._fit_line(round_index, fitted, encoder) | {
+        self._line = self._fit_line(round_index, fitted, update["encoder"]) | {
             "local": self._local.as_json(),
             "seconds": {**_seconds(fitted), "validate": seconds},
         }
         if outgoing is not None and self._personal is not None:
             self._fit_personal(self._personal, outgoing, round_index)
-        decoder = None if trainer.decoder is None else trainer.decoder.clone()
-        return ClientUpdate(self.name, round_index, len(self.plan.train), encoder, adaptor, decoder)
+        return ClientUpdate(self.name, round_index, len(self.plan.train), **update, decoder_start=start)
 
     def _fit_line(self, round_index: int, fitted: FitResult, update: Tensor) -> dict[str, Any]:
         return {
@@ -225,7 +222,7 @@ class Client:
         counts = refused is None and self._line["phase"] == "training"
         line = self._line | {"participated": counts} | ({"refused": refused} if refused else {})
         if outgoing is not None:
-            own = self.trainer.encoder.clone(), self.trainer.adaptor.clone()
+            own = self._exchanged_copies()
             self._receive(outgoing)
             aggregated, seconds = self._validate("aggregated", line["round"])
             line["aggregated"] = aggregated.as_json()
@@ -237,7 +234,7 @@ class Client:
         return line | {"best": dict(self._best_facts)}
 
     def _adopt(
-        self, own: tuple[Tensor, Tensor], aggregated: Validation, round_index: int
+        self, own: Mapping[str, Tensor], aggregated: Validation, round_index: int
     ) -> tuple[Validation, float, float]:
         """Take the best of the server's model, the client's own and, where asked for, means of both.
 
@@ -245,7 +242,7 @@ class Client:
             Its validation, the share of the client's own model in it, and the seconds spent.
         """
         assert self._local is not None
-        server = self.trainer.encoder.clone(), self.trainer.adaptor.clone()
+        server = self._exchanged_copies()
         seen, seconds = {0.0: aggregated, 1.0: self._local}, 0.0
         for share in set(self._shares()) - set(seen):
             self._blend(server, own, share)
@@ -273,25 +270,25 @@ class Client:
         # Scores of a few cases jump; the loss tells neighbouring shares apart.
         return one.loss < other.loss or math.isfinite(one.loss) > math.isfinite(other.loss)
 
-    def _blend(self, server: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], share: float) -> None:
-        for flat, theirs, mine in zip((self.trainer.encoder, self.trainer.adaptor), server, own, strict=True):
-            torch.lerp(theirs, mine, share, out=flat)
+    def _exchanged_copies(self) -> dict[str, Tensor]:
+        return {name: flat.clone() for name, (flat, _) in self.trainer.exchanged.items()}
+
+    def _blend(self, server: Mapping[str, Tensor], own: Mapping[str, Tensor], share: float) -> None:
+        for name, (flat, _) in self.trainer.exchanged.items():
+            torch.lerp(server[name], own[name], share, out=flat)
 
     def _local_segments(self, layout: FlatLayout) -> list[Segment]:
         return [s for s in layout.segments if any(mark in s.name for mark in self._work.stays_local)]
 
     def _receive(self, outgoing: Outgoing) -> None:
-        trainer = self.trainer
-        for flat, layout, value in (
-            (trainer.encoder, trainer.encoder_layout, outgoing.encoder),
-            (trainer.adaptor, trainer.adaptor_layout, outgoing.adaptor),
-        ):
+        for name, (flat, layout) in self.trainer.exchanged.items():
+            value = getattr(outgoing, name)
+            if value is None:
+                continue
             kept = [(segment, part(flat, segment).clone()) for segment in self._local_segments(layout)]
             flat.copy_(value)
             for segment, own in kept:
                 part(flat, segment).copy_(own)
-        if outgoing.decoder is not None and trainer.decoder is not None:
-            trainer.decoder.copy_(outgoing.decoder)
 
     def _validate(self, stage: str, round_index: int) -> tuple[Validation, float]:
         started = time.perf_counter()

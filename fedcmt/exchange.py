@@ -72,4 +72,5 @@ class ClientUpdate:
     num_cases: int
     encoder: Tensor  # [P], local minus received
     adaptor: Tensor  # [A], local minus received
-    decoder: Tensor | None = None  # [D], its parameters as they are; only where decoders are exchanged
+    decoder: Tensor | None = None  # [D], local minus where it began; only where decoders are exchanged
+    decoder_start: Tensor | None = None  # [D], where it began, if the server sent no decoder

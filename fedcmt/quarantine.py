@@ -31,8 +31,8 @@ class Quarantine:
         self._sizes = {}
 
     def note(self, part: str, client: str, stats: ScreenStats, numel: int) -> None:
-        """Keep the size of a part of a client's update; a decoder travels whole and is no update."""
-        if part != "decoder" and stats.norm > 0:
+        """Keep the size of a part of a client's update."""
+        if stats.norm > 0:
             self._sizes.setdefault(part, {})[client] = stats.norm / math.sqrt(numel)
 
     def outsized(self, clients: Sequence[str]) -> dict[str, str]:

@@ -182,6 +182,8 @@ class Server:
         layout = self._clients[update.client].decoder_layout
         if self._strategy.exchanges_decoders and layout is not None:
             expected["decoder"] = expected["encoder"].new_empty(layout.size, device="meta")
+            if self._shared.decoder(update.client) is None:
+                expected["decoder_start"] = expected["decoder"]
         for part, shared in expected.items():
             tensor = getattr(update, part)
             dtypes = self._encoder_dtypes() if part == "encoder" else (shared.dtype,)

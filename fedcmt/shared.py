@@ -207,17 +207,22 @@ class SharedParts:
         return groups
 
     def step_decoders(self, updates: Sequence[ClientUpdate], warming: Sequence[ClientUpdate]) -> None:
-        """Combine the decoders, where they travel; those of clients that are warming up stay with them."""
+        """Combine the decoders, where they travel; clients that are warming up go on from their own."""
         for update in warming:
-            self._decoders.pop(update.client, None)
-        values = {update.client: update.decoder for update in updates if update.decoder is not None}
-        if values:
-            clients = tuple(self._clients[name] for name in values)
-            sent = {name: self._decoders[name] for name in values if name in self._decoders}
-            combined = self._strategy.combine_decoders(DecoderRound(clients, values, sent))
+            self._decoders[update.client] = self._began(update) + _present(update.decoder)
+        if updates:
+            clients = tuple(self._clients[update.client] for update in updates)
+            starts = {update.client: self._began(update) for update in updates}
+            changes = {update.client: _present(update.decoder) for update in updates}
+            combined = self._strategy.combine_decoders(DecoderRound(clients, starts, changes))
             shared = {self._decoder_key(name): decoder for name, decoder in combined.items()}
-            absent = [name for name in self._decoders if name not in combined and self._decoder_key(name) in shared]
+            own = combined.keys() | {update.client for update in warming}
+            absent = [name for name in self._decoders if name not in own and self._decoder_key(name) in shared]
             self._decoders |= combined | {name: shared[self._decoder_key(name)].clone() for name in absent}
+
+    def _began(self, update: ClientUpdate) -> Tensor:
+        held = self._decoders.get(update.client)
+        return _present(update.decoder_start) if held is None else held
 
     def _decoder_key(self, client: str) -> str:
         return self._strategy.decoder_key(self._clients[client])
@@ -256,6 +261,11 @@ class SharedParts:
 
 
 _OWN = ("encoder", "momentum", "second", "adaptor")
+
+
+def _present(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None  # the server refuses updates without it
+    return tensor
 
 
 def _taken(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -107,6 +107,14 @@ class Trainer:
         layout = FlatLayout.of(parameters.items())
         return layout.bind(parameters, self._device), layout
 
+    @property
+    def exchanged(self) -> dict[str, tuple[Tensor, FlatLayout]]:
+        """The parts that travel, flat, with their layouts."""
+        parts = {"encoder": (self.encoder, self.encoder_layout), "adaptor": (self.adaptor, self.adaptor_layout)}
+        if self.decoder is not None and self.decoder_layout is not None:
+            parts["decoder"] = (self.decoder, self.decoder_layout)
+        return parts
+
     def share(self, part: Part, owner: Trainer) -> None:
         """Compute with another trainer's parameters of a part from now on; running statistics stay."""
         for name, parameter in parameters_of(owner.network, part).items():

@@ -215,6 +215,20 @@ def test_a_quantized_update_that_does_not_fit_its_description_is_refused(make: C
             dequantized(packed["encoder"], wrong)
 
 
+def test_filters_reach_decoders_and_leave_the_wires_precision(make: Callable) -> None:
+    nvflare = {"filters": [{"name": "exclude", "exclude_vars": "."}], "wire_dtype": "bfloat16"}
+    config = make(strategy="asymfedavg", nvflare=nvflare)
+    carrier, sent = InMemory(config, make=RealSite), []
+    carrier.after = lambda name, m: sent.append(m.tensors) or m if isinstance(m.body, Fitted) else m
+    assert run(carrier, config)[0] == "finished"
+    assert [sorted(tensors) for tensors in sent] == [["adaptor", "decoder", "decoder_start", "encoder"]] * 2 + [
+        ["adaptor", "decoder", "encoder"]
+    ] * 2
+    for tensors in sent:
+        assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+        assert not any(tensors[name].any() for name in ("adaptor", "decoder", "encoder"))
+
+
 def test_filters_that_destroy_the_update_are_warned_of_and_recorded(make: Callable) -> None:
     config = make(clients=1, rounds=1, nvflare={"filters": [{"name": "svt", "fraction": 0.01, "epsilon": 0.1}]})
     carrier = InMemory(config, make=RealSite)

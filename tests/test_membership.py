@@ -54,7 +54,9 @@ def play(server: Server, round_index: int, names: list[str], *, frozen: list[str
         encoder = torch.randn(out.encoder.shape, generator=generator) * (0 if name in (frozen or []) else 1)
         adaptor = torch.randn(out.adaptor.shape, generator=generator)
         decoder = torch.randn(description.decoder_layout.size, generator=generator)
-        assert server.accept(ClientUpdate(name, round_index, description.num_cases, encoder, adaptor, decoder)) is None
+        start = torch.zeros_like(decoder) if out.decoder is None else None
+        update = ClientUpdate(name, round_index, description.num_cases, encoder, adaptor, decoder, start)
+        assert server.accept(update) is None
     return server.finish()
 
 
@@ -113,8 +115,8 @@ def test_a_newcomer_begins_with_the_decoder_that_it_will_share(warmup: int) -> N
     server.round_index = 1
     play(server, 2, ALL)
     own = server.outgoing("ct_b").decoder
-    if warmup:  # what it learns while it warms up stays with it
-        assert own is None
+    if warmup:  # it goes on from what it learned while it warmed up
+        assert not torch.equal(own, server.outgoing("ct_a").decoder)
         play(server, 3, ALL)
         own = server.outgoing("ct_b").decoder
     assert not torch.equal(own, common)
@@ -128,9 +130,28 @@ def test_a_newcomer_begins_with_the_decoder_that_it_will_share(warmup: int) -> N
 def test_a_missing_decoder_is_refused_where_decoders_travel() -> None:
     server = server_of("asymfedavg")
     server.begin(1)
-    out = server.outgoing("ct_a")
+    out, size = server.outgoing("ct_a"), server._clients["ct_a"].decoder_layout.size
     update = ClientUpdate("ct_a", 1, 3, torch.zeros_like(out.encoder), torch.zeros_like(out.adaptor))
     assert "decoder update is missing" in server.accept(update)
+    update = replace(update, decoder=torch.zeros(size))
+    assert "decoder_start update is missing" in server.accept(update)
+    assert server.accept(replace(update, decoder_start=torch.zeros(size))) is None
+
+
+def test_a_decoder_out_of_all_proportion_is_refused() -> None:
+    chosen = strategies.create(StrategyConfig(name="fedcmt", decoders="same_task"))
+    server = Server(chosen, CONTRACT, described(), seed=1, rounds=6, device=torch.device("cpu"), quarantine_ratio=1000)
+    play(server, 1, ALL)
+    server.begin(2)
+    for name in ALL:
+        out, scale = server.outgoing(name), 1e5 if name == "mr_a" else 1.0
+        ones = [torch.ones_like(tensor) for tensor in (out.encoder, out.adaptor, out.decoder)]
+        update = ClientUpdate(name, 2, 3, ones[0], ones[1], scale * ones[2])
+        assert server.accept(update) is None
+    before = server.outgoing("mr_a").decoder.clone()
+    line = server.finish()
+    assert "decoder update is 1e+05 times the others' median" in line["refused"]["mr_a"]
+    assert torch.equal(server.outgoing("mr_a").decoder, before)
 
 
 def test_a_warming_client_changes_no_encoder_and_its_groups_adaptor_only_if_it_is_new() -> None:

@@ -49,13 +49,13 @@ class WireParameters:
 
 
 def received_update(name: str, body: Fitted, message: Message, wire: NvflareConfig) -> ClientUpdate:
-    """The update in a message; adaptor and decoder in float32, the encoder as it came.
+    """The update in a message; all but the encoder in float32, that as it came.
 
     Raises:
         MessageError: It is not in the form that was asked for.
     """
     tensors = dict(message.tensors)
-    if not {"encoder", "adaptor"} <= set(tensors) <= set(_PARTS):
+    if not {"encoder", "adaptor"} <= set(tensors) <= {*_PARTS, "decoder_start"}:
         raise MessageError(f"update holds {sorted(tensors)}, expected encoder and adaptor")
     states = (body.quantized or {}) if wire.quantizer == "adaquant" else {}
     asked = {WIRE_DTYPES[wire.wire_dtype]} | ({torch.float16} if wire.quantizer == "float16" else set())
@@ -66,6 +66,4 @@ def received_update(name: str, body: Fitted, message: Message, wire: NvflareConf
             raise MessageError(f"{part} update is {tensor.dtype}, expected {wire.wire_dtype}")
         if part != "encoder" or tensor.dtype == torch.float16:
             tensors[part] = tensors[part].float()
-    return ClientUpdate(
-        name, body.round, body.num_cases, tensors["encoder"], tensors["adaptor"], tensors.get("decoder")
-    )
+    return ClientUpdate(name, body.round, body.num_cases, **tensors)

@@ -41,10 +41,15 @@ class UpdateFilters:
     @property
     def active(self) -> bool:
         """Whether anything is done."""
-        return bool(self._filters) or self._quantizer != "none"
+        return bool(self._filters) or self.quantizes
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether updates are shortened by more than the wire's precision."""
+        return self._quantizer != "none"
 
     def apply(self, parts: Mapping[str, Tensor], layouts: Mapping[str, FlatLayout]) -> None:
-        """Filter an update in place, `[P]` and `[A]` float32."""
+        """Filter an update in place, flat float32 by part."""
         if not self._filters:
             return
         from nvflare.apis.dxo import DXO, DataKind
@@ -67,7 +72,7 @@ class UpdateFilters:
             finite are left to the server, which refuses them by name.
         """
         finite = all(bool(torch.isfinite(tensor).all()) for tensor in parts.values())
-        if self._quantizer == "none" or not finite:
+        if not self.quantizes or not finite:
             return None, dict(parts)
         if self._quantizer == "float16":
             return None, {n: t.clamp(_HALF.min, _HALF.max).to(torch.float16) for n, t in parts.items()}

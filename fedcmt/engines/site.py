@@ -199,17 +199,17 @@ class Site:
         return Outgoing(round_index, held["encoder"], held["adaptor"], held.get("decoder"), trained)
 
     def _update_message(self, body: Fit, update: ClientUpdate, stood: int) -> Message:
-        parts = {"encoder": update.encoder, "adaptor": update.adaptor}
+        parts = {name: getattr(update, name) for name in self._ready().layouts}
         learned = {name: tensor.clone() for name, tensor in parts.items()} if self._filters.active else {}
         self._filters.apply(parts, self._ready().layouts)
         quantized, packed = self._filters.quantize(parts)
+        if not self._filters.quantizes:
+            packed = {name: tensor.to(WIRE_DTYPES[body.reply_dtype]) for name, tensor in parts.items()}
         cosine = _cosine(learned, _restored(packed, quantized)) if learned else None
         if cosine is not None and cosine < DESTROYED:
             self._note(f"{self._name}: warning: filters leave an update of cosine {cosine:.2f} to what was learned")
-        if not self._filters.active:
-            packed = {name: tensor.to(WIRE_DTYPES[body.reply_dtype]) for name, tensor in parts.items()}
-        if update.decoder is not None:
-            packed["decoder"] = update.decoder.to(WIRE_DTYPES[body.reply_dtype])
+        if update.decoder_start is not None:
+            packed["decoder_start"] = update.decoder_start.to(WIRE_DTYPES[body.reply_dtype])
         answer = Fitted(
             round=body.round,
             num_cases=update.num_cases,

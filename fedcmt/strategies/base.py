@@ -113,13 +113,18 @@ class DecoderRound:
 
     Attributes:
         clients: Those whose decoders count, in the order of their names.
-        values: Their parameters after local training  # name -> [D]
-        sent: What they had received, where they had  # name -> [D]
+        starts: Where they began  # name -> [D]
+        updates: What local training changed  # name -> [D]
     """
 
     clients: tuple[ClientDescription, ...]
-    values: Mapping[str, Tensor]
-    sent: Mapping[str, Tensor]
+    starts: Mapping[str, Tensor]
+    updates: Mapping[str, Tensor]
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """After local training, name -> `[D]`."""
+        return {name: start + self.updates[name] for name, start in self.starts.items()}
 
     @property
     def layouts(self) -> dict[str, FlatLayout]:

@@ -57,7 +57,7 @@ class ClientSettings(Settings):
         )
 
 
-NORMALISATION = (".norm.",)  # names of its parameters, in encoder and adaptor
+NORMALISATION = (".norm.",)  # names of its parameters
 
 
 @dataclass(frozen=True)

@@ -139,10 +139,7 @@ class FedCMT(Strategy):
         return replace(self.settings.work(), sends_decoder=self.settings.decoders == "same_task")
 
     def combine_decoders(self, decoders: DecoderRound) -> dict[str, Tensor]:
-        """The mean by cases over clients of equal task and labels, and the step to it as long as an encoder's.
-
-        A first step is the mean itself, since the server does not know yet where it began.
-        """
+        """One for clients of equal task and labels: their mean, by cases, the step to it as long as an encoder's."""
         combined: dict[str, Tensor] = {}
         for client in decoders.clients:
             if client.name not in combined:
@@ -154,18 +151,10 @@ class FedCMT(Strategy):
 
     def _common_decoder(self, clients: Sequence[ClientDescription], decoders: DecoderRound) -> Tensor:
         weights = by_cases(torch.tensor([client.num_cases for client in clients]))
-        values = [decoders.values[client.name] for client in clients]
-        if any(client.name not in decoders.sent for client in clients):
-            return _mean(values, weights)
-        sent = [decoders.sent[client.name] for client in clients]
-        steps = [value - before for value, before in zip(values, sent, strict=True)]
-        common = _mean(sent, weights)
-        weights = lengthened(weights, ops.gramian(steps).cpu(), self.settings.step_length)
-        ops.server_step(common, None, steps, weights, lr=1.0)
+        common = ops.weighted_mean([decoders.starts[client.name] for client in clients], weights)
+        assert isinstance(common, Tensor)
+        updates = [decoders.updates[client.name] for client in clients]
+        ops.server_step(
+            common, None, updates, lengthened(weights, ops.gramian(updates).cpu(), self.settings.step_length), lr=1.0
+        )
         return common
-
-
-def _mean(values: Sequence[Tensor], weights: Tensor) -> Tensor:
-    mean = ops.weighted_mean(values, weights)
-    assert isinstance(mean, Tensor)
-    return mean

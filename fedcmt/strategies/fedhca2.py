@@ -34,8 +34,7 @@ class FedHCA2(Strategy):
     are learned by the chain rule: the next round's update of the client is a descent direction of its loss at its new
     parameters, so alpha_i <- alpha_i + eta <Delta_i', U>, and beta likewise; they act cut to [0, 1].
 
-    Differs from the paper in that adaptors are shared by modality and channels, and that a decoder's first round,
-    before the server knows what it started from, has no attention.
+    Differs from the paper in that adaptors are shared by modality and channels.
     """
 
     name: ClassVar[str] = "fedhca2"
@@ -81,13 +80,11 @@ class FedHCA2(Strategy):
 
     def combine_decoders(self, decoders: DecoderRound) -> dict[str, Tensor]:
         """Each decoder and the attention of its update over the others'."""
-        known = {name: decoders.values[name] - sent for name, sent in decoders.sent.items() if name in decoders.values}
-        layouts = {name: layout for name, layout in decoders.layouts.items() if name in known}
-        result = {name: value.clone() for name, value in decoders.values.items()}
-        attention = {name: torch.zeros_like(delta) for name, delta in known.items()}
+        layouts, updates, result = decoders.layouts, decoders.updates, decoders.values
+        attention = {name: torch.zeros_like(delta) for name, delta in updates.items()}
         gains: dict[str, float] = {}
         for (tensor, _), owners in matches(layouts).items():
-            rows = torch.stack([part(known[name], segment) for name, segment in owners]).double()  # [K, n]
+            rows = torch.stack([part(updates[name], segment) for name, segment in owners]).double()  # [K, n]
             mixed = torch.softmax(rows @ rows.T / rows.shape[1] ** 0.5, dim=1) @ rows
             for (name, segment), row, mix in zip(owners, rows, mixed, strict=True):
                 part(attention[name], segment).copy_(mix)
