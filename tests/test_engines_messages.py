@@ -38,7 +38,7 @@ def header(**changes: Any) -> str:
         ("{", "no message"),
         ("[]", "no message"),
         ("[" * 100_000, "no message"),
-        (header(protocol=2), "versions differ"),
+        (header(protocol=1), "versions differ"),
         (header(kind="os.system"), "no message"),
         (header(kind=["Fit"]), "no message"),
         (header(body={}), "schema: round"),

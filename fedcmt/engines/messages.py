@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedcmt.settings import Name
 
-PROTOCOL = 1
+PROTOCOL = 2
 WIRE_DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
