@@ -111,6 +111,7 @@ class Client:
             self._topology,
             self.trainer.encoder_layout.digest(),
             self._target,
+            outputs_of(self.plan),
             self.trainer.decoder_layout,
             self.membership,
         )
@@ -166,12 +167,16 @@ class Client:
             The update: what training changed since :meth:`begin`.
         """
         update, self._began = self._began, {}
-        knows = outgoing is None or outgoing.decoder is not None
-        start = None if knows or "decoder" not in update else update["decoder"].clone()
-        for name, (flat, layout) in self.trainer.exchanged.items():
-            torch.sub(flat, update[name], out=update[name])
+        start = None
+        if outgoing is None or not outgoing.sends_decoder:
+            update.pop("decoder", None)
+        elif outgoing.decoder is None:
+            start = update["decoder"].clone()
+        for name, began in update.items():
+            flat, layout = self.trainer.exchanged[name]
+            torch.sub(flat, began, out=began)
             for segment in self._local_segments(layout):
-                part(update[name], segment).zero_()
+                part(began, segment).zero_()
         self._local, seconds = self._validate("local", round_index)
         self._line = self._fit_line(round_index, fitted, update["encoder"]) | {
             "local": self._local.as_json(),
@@ -353,3 +358,16 @@ def target_of(plan: ClientPlan) -> str:
     if plan.task == "classification":
         return "+".join(sorted(plan.dataset.class_names or ()))
     return "+".join(sorted(name for name in plan.dataset.labels if name not in ("background", "ignore")))
+
+
+def outputs_of(plan: ClientPlan) -> tuple[int, ...]:
+    """Place of each output's name among all of them in the order of names, from the first output on.
+
+    Equal for clients of equal target whose outputs mean the same.
+    """
+    names = list(plan.dataset.class_names or ())
+    if plan.task == "segmentation":
+        labels = {name: value for name, value in plan.dataset.labels.items() if name not in ("background", "ignore")}
+        # Plain labels are outputs by their value, regions as they stand.
+        names = list(labels) if plan.dataset.regions_class_order else sorted(labels, key=lambda name: labels[name])
+    return tuple(sorted(names).index(name) for name in names)

@@ -39,7 +39,8 @@ class ClientDescription:
     topology: str  # digest of the topology contract
     encoder_layout: str  # digest of the encoder's flat layout
     target: str = ""  # what is predicted: clients of equal task and target do the same job
-    decoder_layout: FlatLayout | None = None  # only where decoders are exchanged
+    outputs: tuple[int, ...] = ()  # place of each output's name in the order of names: outputs that mean the same
+    decoder_layout: FlatLayout | None = None  # only where decoders may travel
     membership: Membership = field(default_factory=Membership)
 
     @property
@@ -59,8 +60,9 @@ class Outgoing:
     round_index: int
     encoder: Tensor  # [P]
     adaptor: Tensor  # [A]
-    decoder: Tensor | None = None  # [D], only where decoders are exchanged and the server has one
+    decoder: Tensor | None = None  # [D], only where it travels and the server has one
     trained: tuple[str, ...] = PARTS  # parts that the client trains this round; the others stay as received
+    sends_decoder: bool = False  # whether its decoder travels
 
 
 @dataclass(frozen=True)
@@ -72,5 +74,5 @@ class ClientUpdate:
     num_cases: int
     encoder: Tensor  # [P], local minus received
     adaptor: Tensor  # [A], local minus received
-    decoder: Tensor | None = None  # [D], local minus where it began; only where decoders are exchanged
+    decoder: Tensor | None = None  # [D], local minus where it began; only where it travels
     decoder_start: Tensor | None = None  # [D], where it began, if the server sent no decoder

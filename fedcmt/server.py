@@ -138,7 +138,11 @@ class Server:
             shared.adaptor(client),
             shared.decoder(client),
             self._trained(client),
+            self._sends_decoder(client),
         )
+
+    def _sends_decoder(self, client: str) -> bool:
+        return self._strategy.sends_decoder(self._clients[client], list(self._clients.values()))
 
     def _trained(self, client: str) -> tuple[str, ...]:
         if not self._strategy.federated or not self._warms_up(client):
@@ -180,10 +184,12 @@ class Server:
             return "second update in this round"
         expected = {"encoder": self._shared.encoder(update.client), "adaptor": self._shared.adaptor(update.client)}
         layout = self._clients[update.client].decoder_layout
-        if self._strategy.exchanges_decoders and layout is not None:
+        if self._sends_decoder(update.client) and layout is not None:
             expected["decoder"] = expected["encoder"].new_empty(layout.size, device="meta")
             if self._shared.decoder(update.client) is None:
                 expected["decoder_start"] = expected["decoder"]
+        elif update.decoder is not None:
+            return "decoder update was not asked for"
         for part, shared in expected.items():
             tensor = getattr(update, part)
             dtypes = self._encoder_dtypes() if part == "encoder" else (shared.dtype,)
@@ -304,8 +310,7 @@ class Server:
         if adaptors:
             line["groups"] = self._shared.step_adaptors(adaptors)
         self._shared.trained_adaptors |= {keys[update.client] for update in counted}
-        if self._strategy.exchanges_decoders:
-            self._shared.step_decoders(counted, warming)
+        self._shared.step_decoders(*([u for u in some if u.decoder is not None] for some in (counted, warming)))
         return line
 
     def _step_encoders(self, counted: Sequence[ClientUpdate]) -> dict[str, Any]:

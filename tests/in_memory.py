@@ -96,6 +96,7 @@ class PretendingSite:
             topology=body.digest,
             encoder_layout=FlatLayout.of(parameters_of(network, "encoder").items()).digest(),
             target="organ",
+            outputs=[0],
             decoder_segments=None,
             decoder_size=None,
             notes=[],

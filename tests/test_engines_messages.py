@@ -22,7 +22,15 @@ from fedcmt.engines.nvflare_tensors import Gathering
 from fedcmt.engines.nvflare_wire import from_wire, to_shareable
 from fedcmt.engines.site_process import Cancelled, TrainerDied, TrainerProcess, receive, send
 
-FIT = Fit(round=3, after_round=2, joins_at_round=1, trained=["adaptor"], parameters=None, reply_dtype="float32")
+FIT = Fit(
+    round=3,
+    after_round=2,
+    joins_at_round=1,
+    trained=["adaptor"],
+    parameters=None,
+    sends_decoder=False,
+    reply_dtype="float32",
+)
 
 
 def header(**changes: Any) -> str:

@@ -72,6 +72,14 @@ def test_decoders_travel_where_the_strategy_says_so(make: Callable) -> None:
     assert state(distributed) == state(calm)
 
 
+def test_a_decoder_stays_where_nobody_shares_it(make: Callable) -> None:
+    config = make(strategy={"name": "fedcmt", "decoders": "same_task"})  # one of the two predicts regions
+    carrier, sent = InMemory(config, make=RealSite), []
+    carrier.after = lambda name, m: sent.append(sorted(m.tensors)) or m if isinstance(m.body, Fitted) else m
+    assert run(carrier, config)[0] == "finished"
+    assert sent == [["adaptor", "encoder"]] * 4
+
+
 def test_nothing_travels_with_the_local_strategy(make: Callable) -> None:
     calm, distributed = make("calm", strategy="local"), make("distributed", strategy="local")
     run_federation(calm)
@@ -138,7 +146,15 @@ def test_messages_that_do_not_fit_are_refused(make: Callable) -> None:
     prepare = Message(Prepare(topology={}, digest="0" * 64, starting=True))
     assert "topology differs from its digest" in site.answer(prepare).body.reason
     damaged = Message(
-        Fit(round=1, after_round=0, joins_at_round=1, trained=[], parameters=None, reply_dtype="float32"),
+        Fit(
+            round=1,
+            after_round=0,
+            joins_at_round=1,
+            trained=[],
+            parameters=None,
+            sends_decoder=False,
+            reply_dtype="float32",
+        ),
         {"encoder": torch.ones(3)},
         Message(prepare.body, {"encoder": torch.zeros(3)}).manifest(),
     )

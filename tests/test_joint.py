@@ -98,6 +98,9 @@ def test_outputs_that_mean_something_else_share_no_decoder(pooled: list[Client])
     assert same == joint._job(pooled[0])
     assert job(pooled[0], labels={"background": 0, "organ": 2, "lesion": 1}) != same
     assert job(pooled[4], class_names=("tumour", "healthy")) != joint._job(pooled[4])
+    regions = {"background": 0, "organ": (1, 2), "lesion": (2,)}
+    assert job(pooled[2], labels=regions)[-1] == (1, 0)  # regions are outputs in the order in which they stand
+    assert job(pooled[2], labels={"background": 0, "lesion": (2,), "organ": (1, 2)})[-1] == (0, 1)
 
 
 def draws_of_either(

@@ -53,8 +53,8 @@ def play(server: Server, round_index: int, names: list[str], *, frozen: list[str
         generator = torch.Generator().manual_seed(round_index * 100 + sum(map(ord, name)))
         encoder = torch.randn(out.encoder.shape, generator=generator) * (0 if name in (frozen or []) else 1)
         adaptor = torch.randn(out.adaptor.shape, generator=generator)
-        decoder = torch.randn(description.decoder_layout.size, generator=generator)
-        start = torch.zeros_like(decoder) if out.decoder is None else None
+        decoder = torch.randn(description.decoder_layout.size, generator=generator) if out.sends_decoder else None
+        start = torch.zeros_like(decoder) if out.sends_decoder and out.decoder is None else None
         update = ClientUpdate(name, round_index, description.num_cases, encoder, adaptor, decoder, start)
         assert server.accept(update) is None
     return server.finish()
@@ -138,20 +138,30 @@ def test_a_missing_decoder_is_refused_where_decoders_travel() -> None:
     assert server.accept(replace(update, decoder_start=torch.zeros(size))) is None
 
 
+def test_a_decoder_that_nobody_shares_is_not_asked_for() -> None:
+    server = server_of(decoders="same_task")
+    server.begin(1)
+    assert [server.outgoing(name).sends_decoder for name in ALL] == [True, True, False]
+    out, size = server.outgoing("mr_a"), server._clients["mr_a"].decoder_layout.size
+    update = ClientUpdate("mr_a", 1, 3, torch.zeros_like(out.encoder), torch.zeros_like(out.adaptor))
+    assert server.accept(replace(update, decoder=torch.zeros(size))) == "decoder update was not asked for"
+    assert server.accept(update) is None
+
+
 def test_a_decoder_out_of_all_proportion_is_refused() -> None:
     chosen = strategies.create(StrategyConfig(name="fedcmt", decoders="same_task"))
     server = Server(chosen, CONTRACT, described(), seed=1, rounds=6, device=torch.device("cpu"), quarantine_ratio=1000)
     play(server, 1, ALL)
     server.begin(2)
-    for name in ALL:
-        out, scale = server.outgoing(name), 1e5 if name == "mr_a" else 1.0
+    for name in ("ct_a", "ct_b"):
+        out, scale = server.outgoing(name), 1e5 if name == "ct_b" else 1.0
         ones = [torch.ones_like(tensor) for tensor in (out.encoder, out.adaptor, out.decoder)]
         update = ClientUpdate(name, 2, 3, ones[0], ones[1], scale * ones[2])
         assert server.accept(update) is None
-    before = server.outgoing("mr_a").decoder.clone()
+    before = server.outgoing("ct_b").decoder.clone()
     line = server.finish()
-    assert "decoder update is 1e+05 times the others' median" in line["refused"]["mr_a"]
-    assert torch.equal(server.outgoing("mr_a").decoder, before)
+    assert "decoder update is 1e+05 times the others' median" in line["refused"]["ct_b"]
+    assert torch.allclose(server.outgoing("ct_b").decoder, before + 1)
 
 
 def test_a_warming_client_changes_no_encoder_and_its_groups_adaptor_only_if_it_is_new() -> None:

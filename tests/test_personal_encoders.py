@@ -168,8 +168,13 @@ def test_clients_of_the_same_labels_go_on_from_the_mean_of_their_decoders() -> N
     result = longer.combine_decoders(decoders)
     assert all(torch.allclose(result[name].double(), 0.55 + weights @ deltas, atol=1e-5) for name in "ab")
     assert torch.allclose(result["c"], values["c"])
-    assert strategy.exchanges_decoders
-    assert not make("fedcmt").exchanges_decoders
+    # Only decoders that somebody shares travel, and none is shared where outputs come in another order.
+    assert [strategy.sends_decoder(client, clients) for client in clients] == [True, True, False]
+    assert not make("fedcmt").sends_decoder(clients[0], clients)
+    swapped = (replace(clients[0], outputs=(0, 1)), replace(clients[1], outputs=(1, 0)))
+    assert not strategy.sends_decoder(swapped[0], swapped)
+    apart = strategy.combine_decoders(DecoderRound((*swapped, clients[2]), starts, updates))
+    assert all(torch.allclose(apart[name], values[name]) for name in "abc")
 
 
 def test_fedhca2_decoders_attend_over_matching_tensors() -> None:

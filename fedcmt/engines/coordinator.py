@@ -239,6 +239,7 @@ class Coordinator:
             joins_at_round=self._server.membership(name).joins_at_round,
             trained=list(outgoing.trained) if outgoing else [],  # type: ignore[arg-type]
             parameters=parameters,  # type: ignore[arg-type]
+            sends_decoder=outgoing is not None and outgoing.sends_decoder,
             reply_dtype=config.wire_dtype,
         )
         return Message(body, {} if held else tensors, {} if held else parameters)

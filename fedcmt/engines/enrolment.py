@@ -192,6 +192,7 @@ def _described(name: str, told: Prepared, membership: Membership) -> ClientDescr
         told.topology,
         told.encoder_layout,
         told.target,
+        tuple(told.outputs),
         layout,
         membership,
     )

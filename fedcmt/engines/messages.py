@@ -84,6 +84,7 @@ class Prepared(Body):
     topology: Digest
     encoder_layout: Digest
     target: Annotated[str, Field(max_length=20_000)]
+    outputs: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=10_000)]
     decoder_segments: list[tuple[Text, list[int], int]] | None
     decoder_size: int | None
     notes: list[Text]
@@ -98,6 +99,7 @@ class Fit(Body):
         joins_at_round: Its first round.
         trained: Parts that it trains.
         parameters: What it starts from; without tensors where the client holds them; None to go on from its own.
+        sends_decoder: Whether its decoder is part of the update.
         reply_dtype: Of the update.
     """
 
@@ -106,6 +108,7 @@ class Fit(Body):
     joins_at_round: Round
     trained: list[Part]
     parameters: dict[Part, Announced] | None
+    sends_decoder: bool
     reply_dtype: Literal["float32", "bfloat16"]
 
 

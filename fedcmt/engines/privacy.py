@@ -56,7 +56,7 @@ class UpdateFilters:
         from nvflare.apis.fl_context import FLContext
         from nvflare.apis.shareable import Shareable
 
-        places = {s.name: part(parts[name], s) for name, layout in layouts.items() for s in layout.segments}
+        places = {s.name: part(flat, s) for name, flat in parts.items() for s in layouts[name].segments}
         dxo = DXO(DataKind.WEIGHT_DIFF, {name: tensor.cpu().numpy().copy() for name, tensor in places.items()})
         for one in self._filters:
             dxo = one.process_dxo(dxo, Shareable(), FLContext()) or dxo

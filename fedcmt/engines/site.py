@@ -188,18 +188,20 @@ class Site:
         client = self._ready()
         client.membership = replace(client.membership, joins_at_round=body.joins_at_round)
         self._stands_after = None
-        outgoing = self._outgoing(body.parameters, body.round - 1, tuple(body.trained))
+        outgoing = self._outgoing(body.parameters, body.round - 1)
+        if outgoing is not None:
+            outgoing = replace(outgoing, trained=tuple(body.trained), sends_decoder=body.sends_decoder)
         update = client.fit(outgoing, body.round, lambda *_: None)
         return self._update_message(body, update, stood)
 
-    def _outgoing(self, announced: object, round_index: int, trained: tuple[str, ...]) -> Outgoing | None:
+    def _outgoing(self, announced: object, round_index: int) -> Outgoing | None:
         if announced is None:
             return None
         held = self._held
-        return Outgoing(round_index, held["encoder"], held["adaptor"], held.get("decoder"), trained)
+        return Outgoing(round_index, held["encoder"], held["adaptor"], held.get("decoder"))
 
     def _update_message(self, body: Fit, update: ClientUpdate, stood: int) -> Message:
-        parts = {name: getattr(update, name) for name in self._ready().layouts}
+        parts = {name: getattr(update, name) for name in self._ready().layouts if getattr(update, name) is not None}
         learned = {name: tensor.clone() for name, tensor in parts.items()} if self._filters.active else {}
         self._filters.apply(parts, self._ready().layouts)
         quantized, packed = self._filters.quantize(parts)
@@ -223,7 +225,7 @@ class Site:
         if not self._take(body.parameters, message):
             return NotHeld(round=body.round)
         client = self._ready()
-        line = client.evaluate(self._outgoing(body.parameters, body.round, ()), body.refused)
+        line = client.evaluate(self._outgoing(body.parameters, body.round), body.refused)
         client.save(body.round)
         self._folder.discard_old_states(body.round)
         self._stands_after = body.round
@@ -281,6 +283,7 @@ def _prepared(description: ClientDescription, notes: list[str]) -> Prepared:
         topology=description.topology,
         encoder_layout=description.encoder_layout,
         target=description.target,
+        outputs=list(description.outputs),
         decoder_segments=None if layout is None else [(s.name, list(s.shape), s.offset) for s in layout.segments],
         decoder_size=None if layout is None else layout.size,
         notes=[note[:2000] for note in notes],

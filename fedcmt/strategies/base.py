@@ -109,7 +109,7 @@ class Combination:
 
 @dataclass(frozen=True)
 class DecoderRound:
-    """Decoders of a round, where they are exchanged.
+    """Decoders of a round, where they travel.
 
     Attributes:
         clients: Those whose decoders count, in the order of their names.
@@ -175,7 +175,7 @@ class Strategy(ABC):
         return client.group
 
     def decoder_key(self, client: ClientDescription) -> str:
-        """Where decoders are exchanged, clients of equal key go on from the same one."""
+        """Where decoders travel, clients of equal key go on from the same one."""
         return client.name
 
     def segments(self, layout: FlatLayout) -> list[int] | None:
@@ -194,13 +194,17 @@ class Strategy(ABC):
         """What clients do besides plain local training."""
         return ClientWork()
 
-    @property
-    def exchanges_decoders(self) -> bool:
-        """Whether decoders travel."""
+    def sends_decoder(self, client: ClientDescription, clients: Sequence[ClientDescription]) -> bool:
+        """Whether a client's decoder travels.
+
+        Args:
+            client: The client.
+            clients: All of the federation, later ones too.
+        """
         return self.client_work.sends_decoder
 
     def combine_decoders(self, decoders: DecoderRound) -> dict[str, Tensor]:
-        """The decoders that clients get, by client; only where decoders are exchanged."""
+        """The decoders that clients get, by client; only where decoders travel."""
         raise NotImplementedError(f"strategy '{self.name}' exchanges no decoders")
 
     def state(self) -> dict[str, Tensor]:

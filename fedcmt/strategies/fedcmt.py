@@ -85,8 +85,15 @@ class FedCMT(Strategy):
         return adaptor_key(client, self.settings.adaptors)
 
     def decoder_key(self, client: ClientDescription) -> str:
-        """The client's own, or that of its task and labels."""
-        return client.name if self.settings.decoders == "personal" else f"{client.task} {client.target}"
+        """The client's own, or that of its task and labels, in its order of outputs."""
+        if self.settings.decoders == "personal" or client.decoder_layout is None:
+            return client.name
+        return f"{client.task} {client.target} {client.outputs} {client.decoder_layout.digest()}"
+
+    def sends_decoder(self, client: ClientDescription, clients: Sequence[ClientDescription]) -> bool:
+        """Where another client shares it."""
+        key = self.decoder_key(client)
+        return any(other.name != client.name and self.decoder_key(other) == key for other in clients)
 
     def server_optimizer(self, round_index: int, rounds: int) -> ServerOptimizer:
         """Momentum, or the chosen rule."""
