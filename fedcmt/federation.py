@@ -196,7 +196,9 @@ def _start(
     clients: Sequence[Client],
     display: Display,
 ) -> None:
-    """Start the clients' decoders, and print what everybody took from the checkpoints."""
+    """Start the clients' decoders, and print what everybody took from the checkpoints, and the strategy's remarks."""
+    for remark in server.remarks:
+        display.note(remark)
     if config.initial_weights and first == 1:
         report_matches(config.initial_weights, server.matched, None, display.note)
     for settings, client in zip(config.clients, clients, strict=True):

@@ -104,6 +104,11 @@ class Server:
         return self._strategy.pooled
 
     @property
+    def remarks(self) -> list[str]:
+        """What whoever runs the federation should know, in lines."""
+        return self._strategy.remarks(list(self._clients.values()))
+
+    @property
     def matched(self) -> Mapping[str, Matched]:
         """Encoder and adaptors -> what they took from the initial weights."""
         return self._shared.matched

@@ -73,7 +73,7 @@ def test_decoders_travel_where_the_strategy_says_so(make: Callable) -> None:
 
 
 def test_a_decoder_stays_where_nobody_shares_it(make: Callable) -> None:
-    config = make(strategy={"name": "fedcmt", "decoders": "same_task"})  # one of the two predicts regions
+    config = make(strategy="fedcmt")  # one of the two predicts regions
     carrier, sent = InMemory(config, make=RealSite), []
     carrier.after = lambda name, m: sent.append(sorted(m.tensors)) or m if isinstance(m.body, Fitted) else m
     assert run(carrier, config)[0] == "finished"

@@ -63,9 +63,17 @@ def test_shared_stages_stay_equal_in_the_server(per_stage: bool) -> None:
 
 
 def test_one_encoder_by_stage_in_the_server() -> None:
-    server = server_of("fedcmt", per_stage=True)
+    server = server_of("fedcmt", encoders="shared", per_stage=True)
     line = play(server, 1, ALL)
     assert len(line["weights_by_encoder"]["shared"]) == 3
+
+
+def test_who_shares_its_encoder_with_nobody_is_named() -> None:
+    clients = [describe("a", "CT", 1), describe("b", "CT", 1), describe("c", "CT", 1, "lesion"), describe("d", "MR", 1)]
+    (remark,) = make("fedcmt").remarks(clients)
+    assert remark.startswith("c, d: no other client has this modality and task")
+    assert make("fedcmt").remarks(clients[:2]) == make("fedcmt").remarks(clients[:1]) == []
+    assert make("fedcmt", encoders="shared").remarks(clients) == []
 
 
 def test_adaptors_and_the_servers_rule() -> None:

@@ -107,7 +107,7 @@ def test_adaptors_of_other_channels_share_what_fits_under_asymfedavg() -> None:
 @pytest.mark.parametrize("warmup", [0, 1])
 def test_a_newcomer_begins_with_the_decoder_that_it_will_share(warmup: int) -> None:
     members = described(ct_b=Membership(2, warmup_rounds=warmup))
-    server = server_of(members=members, decoders="same_task")
+    server = server_of(members=members)
     play(server, 1, ["ct_a", "mr_a"])
     server.begin(2)
     common = server.outgoing("ct_a").decoder.clone()
@@ -139,7 +139,7 @@ def test_a_missing_decoder_is_refused_where_decoders_travel() -> None:
 
 
 def test_a_decoder_that_nobody_shares_is_not_asked_for() -> None:
-    server = server_of(decoders="same_task")
+    server = server_of()
     server.begin(1)
     assert [server.outgoing(name).sends_decoder for name in ALL] == [True, True, False]
     out, size = server.outgoing("mr_a"), server._clients["mr_a"].decoder_layout.size
@@ -149,7 +149,7 @@ def test_a_decoder_that_nobody_shares_is_not_asked_for() -> None:
 
 
 def test_a_decoder_out_of_all_proportion_is_refused() -> None:
-    chosen = strategies.create(StrategyConfig(name="fedcmt", decoders="same_task"))
+    chosen = strategies.create(StrategyConfig(name="fedcmt"))
     server = Server(chosen, CONTRACT, described(), seed=1, rounds=6, device=torch.device("cpu"), quarantine_ratio=1000)
     play(server, 1, ALL)
     server.begin(2)
@@ -290,6 +290,8 @@ def test_joining_leaving_and_resuming_across_both(
     planned["training"] = {**planned["training"], "local_steps": 1, "learning_rate_schedule": "constant"}
     a, b, c = ({**client} for client in planned["clients"][:3])
     planned["clients"] = [{**a, "leaves_after_round": 2}, b, {**c, "joins_at_round": 3, "warmup_rounds": 1}]
+    # A decoder that travels for the sake of a newcomer does so from the start only where the newcomer is planned.
+    planned["strategy"] = {"name": "fedcmt", "decoders": "personal"}
     run_federation(planned)
     lines = lines_of(tmp_path / "planned")
     servers = {line["round"]: line for line in lines if line["kind"] == "server"}
@@ -367,9 +369,9 @@ def test_every_strategy_runs_two_rounds(
         assert ("personal" in line) == (strategy == "ditto")
     models = [read_tensors(tmp_path / "clients" / n / "last.safetensors")[0] for n in ("ct_plain", "mr_two")]
     first = [model["encoder.stages.0.0.convs.0.conv.weight"] for model in models]
-    personal = strategy in ("local", "ditto", "affinity", "fedhca2")
+    personal = strategy in ("local", "ditto", "affinity", "fedcmt", "fedhca2")
     assert torch.equal(*first) != personal
     norms = [model["encoder.stages.0.0.convs.0.norm.weight"] for model in models]
     assert torch.equal(*norms) != (personal or strategy == "fedbn")
     transposed = [model["decoder.transpconvs.0.weight"] for model in models]
-    assert torch.equal(*transposed) == (strategy in ("asymfedavg", "joint"))
+    assert torch.equal(*transposed) == (strategy in ("asymfedavg", "fedcmt", "joint"))

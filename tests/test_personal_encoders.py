@@ -151,7 +151,7 @@ def test_clients_of_the_same_labels_go_on_from_the_mean_of_their_decoders() -> N
         )
     )
     values = {name: torch.randn(32, generator=torch.Generator().manual_seed(i)) for i, name in enumerate("abc")}
-    strategy = make("fedcmt", decoders="same_task")
+    strategy = make("fedcmt", step_length="plain")
     starts = {name: torch.full((32,), 0.5) for name in "abc"} | {"b": torch.full((32,), 0.7)}
     updates = {name: value - starts[name] for name, value in values.items()}
     decoders = DecoderRound(clients, starts, updates)
@@ -161,7 +161,7 @@ def test_clients_of_the_same_labels_go_on_from_the_mean_of_their_decoders() -> N
         assert all(torch.allclose(part(result[name], s), part(mean, s)) for s in flats[name].segments)
     assert torch.allclose(result["c"], values["c"])
     # The step is as long as an encoder's.
-    longer = make("fedcmt", decoders="same_task", step_length="restored")
+    longer = make("fedcmt", step_length="restored")
     deltas = torch.stack([updates[name] for name in "ab"]).double()
     weights = lengthened(torch.tensor([0.75, 0.25], dtype=torch.float64), deltas @ deltas.T, "restored")
     assert float(weights.sum()) > 1.05
@@ -170,7 +170,7 @@ def test_clients_of_the_same_labels_go_on_from_the_mean_of_their_decoders() -> N
     assert torch.allclose(result["c"], values["c"])
     # Only decoders that somebody shares travel, and none is shared where outputs come in another order.
     assert [strategy.sends_decoder(client, clients) for client in clients] == [True, True, False]
-    assert not make("fedcmt").sends_decoder(clients[0], clients)
+    assert not make("fedcmt", decoders="personal").sends_decoder(clients[0], clients)
     swapped = (replace(clients[0], outputs=(0, 1)), replace(clients[1], outputs=(1, 0)))
     assert not strategy.sends_decoder(swapped[0], swapped)
     apart = strategy.combine_decoders(DecoderRound((*swapped, clients[2]), starts, updates))

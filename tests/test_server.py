@@ -35,7 +35,7 @@ def clients() -> list[ClientDescription]:
     ]
 
 
-def make_server(strategy: str = "fedcmt", **settings: float) -> Server:
+def make_server(strategy: str = "fedcmt", **settings: float | str) -> Server:
     return Server(
         strategies.create(StrategyConfig(name=strategy, **settings)),
         CONTRACT,
@@ -67,7 +67,7 @@ def state(server: Server) -> dict[str, torch.Tensor]:
 
 
 def test_a_round_makes_the_conflict_averse_step_and_averages_adaptors_in_groups() -> None:
-    server = make_server(conflict_aversion=0.3)
+    server = make_server(conflict_aversion=0.3, encoders="shared", step_length="plain")
     before = state(server)
     server.begin(1)
     updates = {name: update_for(server, name, i) for i, name in enumerate(["mr_a", "ct_a", "ct_b"])}

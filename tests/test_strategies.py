@@ -165,7 +165,8 @@ def combined(name: str, updates: Tensor, cases: Sequence[int], order: Sequence[i
     order = list(range(len(updates)) if order is None else order)
     clients = [replace(describe(f"c{i}", "CT", 1), num_cases=cases[i]) for i in order]
     u = updates[order]
-    return make(name).combine(of_round(u @ u.T, clients)).weights @ u
+    strategy = make(name)
+    return strategy.combine(of_round(u @ u.T, clients, strategy=strategy)).weights @ u
 
 
 @pytest.mark.parametrize("name", [name for name in SHARED if name != "pcgrad"])  # whose order is drawn

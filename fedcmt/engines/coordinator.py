@@ -169,6 +169,8 @@ class Coordinator:
         )
         if weights is not None and config.initial_weights is not None:
             report_matches(config.initial_weights, self._server.matched, None, self._note)
+        for remark in self._server.remarks:
+            self._note(remark)
         self._restore(contract)
         self._tell("running")
 

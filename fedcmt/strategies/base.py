@@ -189,6 +189,10 @@ class Strategy(ABC):
             InputError: They do not.
         """
 
+    def remarks(self, clients: Sequence[ClientDescription]) -> list[str]:
+        """What whoever runs a federation of these clients should know, in lines."""
+        return []
+
     @property
     def client_work(self) -> ClientWork:
         """What clients do besides plain local training."""

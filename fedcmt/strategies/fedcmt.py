@@ -1,4 +1,4 @@
-"""FedCMT: adaptors shared within modality groups, a conflict-averse step for the encoder."""
+"""FedCMT: what clients have in common they share, encoders by a conflict-averse step."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fedcmt.strategies.base import (
 )
 from fedcmt.strategies.client_work import ClientSettings, ClientWork
 from fedcmt.strategies.conflict_averse import cagrad_weights
-from fedcmt.strategies.gram import lengthened
+from fedcmt.strategies.gram import StepLength, lengthened
 from fedcmt.strategies.server_rule import RuleSettings
 from fedcmt.strategies.stages import stage_bounds
 
@@ -39,16 +39,17 @@ class FedCMTSettings(RuleSettings, ClientSettings):
     conflict_aversion: float = Field(
         0.4, ge=0, lt=1, description="c: how far, relative to the mean update, the step may leave it"
     )
+    step_length: StepLength = Field("fedexp", description="as elsewhere, and of decoders; default: by FedExP's rule")
     encoders: Literal["shared", "clustered"] = Field(
-        "shared", description="one for all clients, or one for the clients of each task and modality"
+        "clustered", description="one for the clients of each task and modality, or one for all"
     )
     shared_stages: int = Field(
         0, ge=0, le=16, description="of clustered encoders: first stages that all clients share nevertheless"
     )
     per_stage: bool = Field(False, description="a step of its own for each stage, from the Gram matrix of each")
     decoders: Literal["personal", "same_task"] = Field(
-        "personal",
-        description="a round begins from the client's own, or from the mean over clients of equal labels",
+        "same_task",
+        description="a round begins from the mean over clients of equal labels, or from the client's own",
     )
     adaptors: AdaptorSharing = Field(
         "group", description="who shares an adaptor: equal modality and channels, equal channels, or nobody"
@@ -62,12 +63,15 @@ class FedCMTSettings(RuleSettings, ClientSettings):
 
 
 class FedCMT(Strategy):
-    """theta <- theta + gamma O(d), d = CAGrad of the clients' updates, O the server's optimizer.
+    """theta_k <- theta_k + gamma O(d_k), d_k = CAGrad of the updates in cluster k, O the server's optimizer.
+
+    A cluster is the clients of a task and modality; an adaptor belongs to a modality and number of channels, a decoder
+    to a task and its labels.
 
     The method's overview figure adds the gradient of the updates' inner products to the averaged step; read literally
-    that is extra averaging. Here the term is defined in update space, on the updates' Gram matrix. With clustered
-    encoders each cluster makes a step of its own from its own updates; the first stages may be shared by all clusters,
-    which start equal and make equal steps there. A cluster that comes later has no momentum yet in its shared stages.
+    that is extra averaging. Here the term is defined in update space, on the updates' Gram matrix. The first stages may
+    be shared by all clusters, which start equal and make equal steps there. A cluster that comes later has no momentum
+    yet in its shared stages.
     """
 
     name: ClassVar[str] = "fedcmt"
@@ -79,6 +83,17 @@ class FedCMT(Strategy):
         if self.settings.encoders == "shared":
             return SHARED
         return f"{client.modality} {client.task} {client.target}"
+
+    def remarks(self, clients: Sequence[ClientDescription]) -> list[str]:
+        """Who shares its encoder with nobody."""
+        keys = [self.encoder_key(client) for client in clients]
+        alone = [client.name for client, key in zip(clients, keys, strict=True) if keys.count(key) == 1]
+        if not alone or len(clients) == 1:
+            return []
+        return [
+            f"{', '.join(alone)}: no other client has this modality and task, the encoder is trained alone "
+            "(strategy.encoders=shared gives all clients one)"
+        ]
 
     def adaptor_key(self, client: ClientDescription) -> str:
         """By modality and channels, unless set otherwise."""
