@@ -227,11 +227,12 @@ class Client:
         counts = refused is None and self._line["phase"] == "training"
         line = self._line | {"participated": counts} | ({"refused": refused} if refused else {})
         if outgoing is not None:
-            own = self._exchanged_copies()
+            adopts = self._work.adoption != "always"
+            own = self._exchanged_copies() if adopts else {}
             self._receive(outgoing)
             aggregated, seconds = self._validate("aggregated", line["round"])
             line["aggregated"] = aggregated.as_json()
-            if self._work.adoption != "always":
+            if adopts:
                 adopted, share, more = self._adopt(own, aggregated, line["round"])
                 line |= {"adopted": adopted.as_json(), "own_share": share}
                 seconds += more
@@ -355,9 +356,7 @@ def _seconds(fitted: FitResult) -> dict[str, float]:
 
 def target_of(plan: ClientPlan) -> str:
     """What a client predicts, by the names of its labels or classes."""
-    if plan.task == "classification":
-        return "+".join(sorted(plan.dataset.class_names or ()))
-    return "+".join(sorted(name for name in plan.dataset.labels if name not in ("background", "ignore")))
+    return "+".join(sorted(_output_names(plan)))
 
 
 def outputs_of(plan: ClientPlan) -> tuple[int, ...]:
@@ -365,9 +364,14 @@ def outputs_of(plan: ClientPlan) -> tuple[int, ...]:
 
     Equal for clients of equal target whose outputs mean the same.
     """
-    names = list(plan.dataset.class_names or ())
-    if plan.task == "segmentation":
-        labels = {name: value for name, value in plan.dataset.labels.items() if name not in ("background", "ignore")}
-        # Plain labels are outputs by their value, regions as they stand.
-        names = list(labels) if plan.dataset.regions_class_order else sorted(labels, key=lambda name: labels[name])
+    names = _output_names(plan)
     return tuple(sorted(names).index(name) for name in names)
+
+
+def _output_names(plan: ClientPlan) -> list[str]:
+    """Classes or labels without background, from the first output on."""
+    if plan.task == "classification":
+        return list(plan.dataset.class_names or ())
+    labels = {name: value for name, value in plan.dataset.labels.items() if name not in ("background", "ignore")}
+    # Plain labels are outputs by their value, regions as they stand.
+    return list(labels) if plan.dataset.regions_class_order else sorted(labels, key=lambda name: labels[name])

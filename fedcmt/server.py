@@ -66,6 +66,7 @@ class Server:
         self._strategy, self._topology, self._seed, self._rounds = strategy, contract.digest(), seed, rounds
         self._backend: ops.Backend = backend
         self._clients = {client.name: client for client in sorted(clients, key=lambda c: c.name)}
+        self._sends_decoder = {client.name: strategy.sends_decoder(client, clients) for client in clients}
         self._shared = SharedParts(
             strategy,
             contract,
@@ -143,11 +144,8 @@ class Server:
             shared.adaptor(client),
             shared.decoder(client),
             self._trained(client),
-            self._sends_decoder(client),
+            self._sends_decoder[client],
         )
-
-    def _sends_decoder(self, client: str) -> bool:
-        return self._strategy.sends_decoder(self._clients[client], list(self._clients.values()))
 
     def _trained(self, client: str) -> tuple[str, ...]:
         if not self._strategy.federated or not self._warms_up(client):
@@ -189,7 +187,7 @@ class Server:
             return "second update in this round"
         expected = {"encoder": self._shared.encoder(update.client), "adaptor": self._shared.adaptor(update.client)}
         layout = self._clients[update.client].decoder_layout
-        if self._sends_decoder(update.client) and layout is not None:
+        if self._sends_decoder[update.client] and layout is not None:
             expected["decoder"] = expected["encoder"].new_empty(layout.size, device="meta")
             if self._shared.decoder(update.client) is None:
                 expected["decoder_start"] = expected["decoder"]
@@ -315,7 +313,7 @@ class Server:
         if adaptors:
             line["groups"] = self._shared.step_adaptors(adaptors)
         self._shared.trained_adaptors |= {keys[update.client] for update in counted}
-        self._shared.step_decoders(*([u for u in some if u.decoder is not None] for some in (counted, warming)))
+        self._shared.step_decoders(counted, warming)
         return line
 
     def _step_encoders(self, counted: Sequence[ClientUpdate]) -> dict[str, Any]:

@@ -63,6 +63,7 @@ class SharedParts:
         self._clients = {client.name: client for client in clients}
         self.encoder_keys = {client.name: strategy.encoder_key(client) for client in clients}
         self.adaptor_keys = {client.name: strategy.adaptor_key(client) for client in clients}
+        self._decoder_keys = {client.name: strategy.decoder_key(client) for client in clients}
         self.matched: dict[str, Matched] = {}
         common = _Start(contract, seed, device, initial_weights, self.matched)
         start, self.layout = common.part(1, "encoder", "encoder")
@@ -103,8 +104,8 @@ class SharedParts:
         An encoder that nobody has trained becomes the mean of those that somebody has; an adaptor, if the client wants
         that, the one of most cases that has the same shape. The decoder is the one that it will share, if it will.
         """
-        own_key = self._decoder_key(client.name)
-        common = next((self._decoders[name] for name in self._decoders if self._decoder_key(name) == own_key), None)
+        own_key = self._decoder_keys[client.name]
+        common = next((self._decoders[name] for name in self._decoders if self._decoder_keys[name] == own_key), None)
         if common is not None:
             self._decoders[client.name] = common.clone()
         key = self.encoder_keys[client.name]
@@ -209,23 +210,22 @@ class SharedParts:
     def step_decoders(self, updates: Sequence[ClientUpdate], warming: Sequence[ClientUpdate]) -> None:
         """Combine the decoders, where they travel; clients that are warming up go on from their own."""
         for update in warming:
-            self._decoders[update.client] = self._began(update) + _present(update.decoder)
-        if updates:
-            clients = tuple(self._clients[update.client] for update in updates)
-            starts = {update.client: self._began(update) for update in updates}
-            changes = {update.client: _present(update.decoder) for update in updates}
+            if update.decoder is not None:
+                self._decoders[update.client] = self._began(update) + update.decoder
+        changes = {update.client: update.decoder for update in updates if update.decoder is not None}
+        if changes:
+            clients = tuple(self._clients[name] for name in changes)
+            starts = {update.client: self._began(update) for update in updates if update.client in changes}
             combined = self._strategy.combine_decoders(DecoderRound(clients, starts, changes))
-            shared = {self._decoder_key(name): decoder for name, decoder in combined.items()}
+            shared = {self._decoder_keys[name]: decoder for name, decoder in combined.items()}
             own = combined.keys() | {update.client for update in warming}
-            absent = [name for name in self._decoders if name not in own and self._decoder_key(name) in shared]
-            self._decoders |= combined | {name: shared[self._decoder_key(name)].clone() for name in absent}
+            absent = [name for name in self._decoders if name not in own and self._decoder_keys[name] in shared]
+            self._decoders |= combined | {name: shared[self._decoder_keys[name]].clone() for name in absent}
 
     def _began(self, update: ClientUpdate) -> Tensor:
-        held = self._decoders.get(update.client)
-        return _present(update.decoder_start) if held is None else held
-
-    def _decoder_key(self, client: str) -> str:
-        return self._strategy.decoder_key(self._clients[client])
+        start = self._decoders.get(update.client, update.decoder_start)
+        assert start is not None  # the server refuses updates without it
+        return start
 
     def tensors(self) -> dict[str, Tensor]:
         """All that must be remembered, by name; writing into a tensor changes the part."""
@@ -261,11 +261,6 @@ class SharedParts:
 
 
 _OWN = ("encoder", "momentum", "second", "adaptor")
-
-
-def _present(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None  # the server refuses updates without it
-    return tensor
 
 
 def _taken(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
