@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
+from fedcmt.dicom_lengths import check_lengths
 from fedcmt.errors import InputError, Problems
 from fedcmt.nifti import check_affine, check_claimed_size, check_file_size
 from fedcmt.volume import READABLE_ENDINGS, Volume, has_ending
@@ -84,9 +85,15 @@ def find_series(folder: Path) -> list[Series]:
     Raises:
         InputError: DICOM files are damaged.
     """
-    files = {path.name for path in folder.iterdir() if path.is_file() and is_scan(path)}
+    marked = [path for path in folder.iterdir() if path.is_file() and is_dicom(path)]
+    files = {path.name for path in marked if is_scan(path)}
     if not files:
         return []
+    problems = Problems()
+    for path in marked:  # GDCM reads them all
+        with problems.caught():
+            check_lengths(path)
+    problems.raise_any()
     series: list[Series] = []
     try:
         uids = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
@@ -236,6 +243,7 @@ def _series_at(path: Path) -> Series:
 
 
 def _read_header(path: Path) -> tuple[sitk.ImageFileReader, dict[str, str]]:
+    check_lengths(path)
     reader = sitk.ImageFileReader()
     reader.SetImageIO("GDCMImageIO")
     reader.SetFileName(str(path))
