@@ -65,6 +65,7 @@ def test_claims_are_judged_by_the_numbers() -> None:
     lines = tables.verdicts(results)
     found = ["holds" if "**holds**" in line else "does not" if "**does not hold**" in line else "?" for line in lines]
     assert found == ["holds", "does not", "holds", "does not", "does not", "does not"]
+    assert tables.claims(results) == [True, False, True, False, False, False]
     assert results.worse("chosen") == (1, 1)
     few = tables.Results(plan, plan.parts["part"], rows_of(gains, seeds=2))
     assert all("**not judged, 2 of 3 seeds are there**" in line for line in tables.verdicts(few))
@@ -147,7 +148,7 @@ def test_it_stops_at_the_budget_goes_on_and_fills_the_document(
     part = {"title": "t", "preset": "p", "seeds": 1, "strategies": {"local": "local", "mean": "fedavg"}}
     parts = {"first": {**part, "tests": [{"strategy": "mean", "mean_at_least": -1}]}, "tuned": {**part, "tuning": True}}
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump({"rule": "r", "parts": parts}))
-    places = "".join(f"<!-- study: {key} -->\nold\n<!-- end -->\n" for key in ("state", "choice", "first", "tuned"))
+    places = "".join(f"<!-- study: {key} -->\nstale\n<!-- end -->\n" for key in ("state", "choice", "first", "tuned"))
     (tmp_path / "results.md").write_text(f"by hand\n{places}")
     monkeypatch.setattr(work, "preset_config", lambda preset: tmp_path / "p.yaml")
 
@@ -165,7 +166,7 @@ def test_it_stops_at_the_budget_goes_on_and_fills_the_document(
     assert "4 runs are left; the same command goes on" in capsys.readouterr().out
     text = (tmp_path / "results.md").read_text()
     assert text.startswith("by hand\n")
-    assert "old" not in text
+    assert "stale" not in text
     assert text.count("has not been run yet") == 3 + 1
     study(tmp_path / "work", only=["first"])
     assert "0 runs are left\n" in capsys.readouterr().out

@@ -10,6 +10,7 @@ from plan import Plan
 from tables import (
     NOT_YET,
     Results,
+    claims,
     client_table,
     comparison_table,
     newcomer_table,
@@ -68,15 +69,15 @@ def filled(text: str, blocks: Mapping[str, list[str]]) -> str:
 
 def _state(plan: Plan, digest: str, results: Mapping[str, Results]) -> list[str]:
     lines = [f"Plan `{digest}` (the first digits of its SHA-256). Score: {SCORES[plan.score]}.", ""]
-    lines += ["| part | preset | seeds | strategies on all seeds |", "|---|---|---|---|"]
+    lines += ["| part | preset | seeds | strategies on all seeds | claims that hold |", "|---|---|---|---|---|"]
     for key, found in results.items():
-        part = found.part
-        if part.newcomer is None:
-            done = sum(found.seeds(name) == part.seeds for name in part.strategies)
-        else:
-            done = sum(line.count("**") == 2 for line in newcomer_table(found))
+        part, judged = found.part, claims(found)
+        done = sum(found.seeds(name) == part.seeds for name in part.strategies)
+        if part.newcomer is not None:
+            done = len(judged) - judged.count(None)
+        held = "not judged" if None in judged else f"{judged.count(True)} of {len(judged)}" if judged else ""
         kind = "tuning" if part.tuning else "fresh"
-        lines.append(f"| {key} | {part.preset} | {part.seeds} {kind} | {done} of {len(part.strategies)} |")
+        lines.append(f"| {key} | {part.preset} | {part.seeds} {kind} | {done} of {len(part.strategies)} | {held} |")
     return lines
 
 

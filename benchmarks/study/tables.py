@@ -116,16 +116,34 @@ def settings_list(results: Results) -> list[str]:
     return [f"- {name}: `{text}`" for name, text in texts.items() if text != name]
 
 
+def claims(results: Results) -> list[bool | None]:
+    """Whether each claim of the part holds; None where runs are missing."""
+    part = results.part
+    if part.newcomer is not None:
+        return [_newcomer_holds(results, newcomer_differences(results, text)) for text in part.strategies.values()]
+    return [_holds(results, test) for test in part.tests]
+
+
 def verdicts(results: Results) -> list[str]:
     """Each test of the part, and whether it holds."""
-    return [f"- {test.text}: **{_verdict(results, test)}**" for test in results.part.tests]
+    seeds = [results.seeds(*_names(test)) for test in results.part.tests]
+    words = [_verdict(*told, results.part.seeds) for told in zip(claims(results), seeds, strict=True)]
+    return [f"- {test.text}: **{word}**" for test, word in zip(results.part.tests, words, strict=True)]
 
 
-def _verdict(results: Results, test: Test) -> str:
-    names = [test.strategy, test.against, *([UPPER] if test.headroom_at_least is not None else [])]
-    seeds = results.seeds(*names)
-    if seeds < results.part.seeds:
-        return f"not judged, {seeds} of {results.part.seeds} seeds are there" if seeds else f"not judged, {NOT_YET}"
+def _verdict(holds: bool | None, seeds: int, wanted: int) -> str:
+    if holds is None:
+        return f"not judged, {seeds} of {wanted} seeds are there" if seeds else f"not judged, {NOT_YET}"
+    return "holds" if holds else "does not hold"
+
+
+def _names(test: Test) -> list[str]:
+    return [test.strategy, test.against, *([UPPER] if test.headroom_at_least is not None else [])]
+
+
+def _holds(results: Results, test: Test) -> bool | None:
+    if results.seeds(*_names(test)) < results.part.seeds:
+        return None
     found, held = results.between(test.strategy, test.against), []
     if test.mean_at_least is not None:
         held.append(found.mean >= test.mean_at_least)
@@ -135,7 +153,7 @@ def _verdict(results: Results, test: Test) -> str:
         held.append(results.worse(test.strategy)[1] <= test.significantly_worse_at_most)
     if test.headroom_at_least is not None:
         held.append(results.headroom(test.strategy).mean >= test.headroom_at_least)
-    return "holds" if all(held) else "does not hold"
+    return all(held)
 
 
 def newcomer_table(results: Results) -> list[str]:
@@ -147,12 +165,17 @@ def newcomer_table(results: Results) -> list[str]:
     for name, text in results.part.strategies.items():
         found = newcomer_differences(results, text)
         seeds = min(difference.pairs for difference in found)
-        verdict = f"{NOT_YET}" if seeds == 0 else f"{seeds} of {results.part.seeds} seeds"
-        if seeds >= results.part.seeds:
-            holds = found[0].mean >= told.mean_at_least and found[2].mean >= -told.others_lose_at_most
-            verdict = "**holds**" if holds else "**does not hold**"
-        lines.append(_line([name, str(seeds), *(difference.text for difference in found), verdict]))
+        verdict = _verdict(_newcomer_holds(results, found), seeds, results.part.seeds)
+        lines.append(_line([name, str(seeds), *(difference.text for difference in found), f"**{verdict}**"]))
     return lines
+
+
+def _newcomer_holds(results: Results, found: Sequence[Difference]) -> bool | None:
+    told = results.part.newcomer
+    assert told is not None
+    if min(difference.pairs for difference in found) < results.part.seeds:
+        return None
+    return found[0].mean >= told.mean_at_least and found[2].mean >= -told.others_lose_at_most
 
 
 def newcomer_differences(results: Results, strategy: str) -> list[Difference]:
