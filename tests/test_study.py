@@ -45,8 +45,15 @@ def test_the_shipped_plan_is_valid_and_the_document_has_its_places() -> None:
     text = (document.DOCS / "results.md").read_text()
     blocks = {key: ["x"] for key in (*plan.parts, "state", "choice")}
     assert document.filled(text, blocks).count("\nx\n") == len(blocks)
-    fresh = [part for part in plan.parts.values() if not part.tuning]
-    assert {part.preset: part.seeds for part in fresh} == {"small": 10, "full": 5, "lone": 10}
+    fresh = {key: part for key, part in plan.parts.items() if not part.tuning}
+    assert {key: fresh[key].seeds for key in ("small", "full", "lone", "newcomer")} == {
+        "small": 10, "full": 5, "lone": 10, "newcomer": 10
+    }  # fmt: skip
+    again = {run.seed for run in work.runs_for(plan, fresh["full-again"], Path("x"))}
+    assert len(again) == 10
+    assert not again & {
+        run.seed for key in ("full", "tuning-full") for run in work.runs_for(plan, plan.parts[key], Path("x"))
+    }
 
 
 def test_claims_are_judged_by_the_numbers() -> None:

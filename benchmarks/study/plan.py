@@ -58,6 +58,7 @@ class Part(Settings):
     Attributes:
         preset: Of benchmarks/phantoms.
         seeds: How many.
+        first: The first of them, counted from 1 within the range.
         tuning: Whether these are tuning seeds.
         strategies: Name in the table -> strategy with settings, as of ``fedcmt compare``.
         against: Names that get a column of differences, after ``local``.
@@ -68,6 +69,7 @@ class Part(Settings):
     title: str
     preset: str
     seeds: Count
+    first: Count = 1
     tuning: bool = False
     strategies: dict[str, str] = Field(min_length=1)
     against: tuple[str, ...] = ()

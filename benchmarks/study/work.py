@@ -66,7 +66,7 @@ def variants_of(plan: Plan, part: Part) -> list[Variant]:
 
 def runs_for(plan: Plan, part: Part, folder: Path) -> list[Run]:
     """A part's runs. Parts on the same preset share runs of the same variant and seed."""
-    first = TUNING_SEEDS_FROM if part.tuning else TEST_SEEDS_FROM
+    first = (TUNING_SEEDS_FROM if part.tuning else TEST_SEEDS_FROM) + part.first - 1
     data = folder / "data" / part.preset / "seed-{seed}"
     overrides = [f"{kind}={str(data / kind)!r}" for kind in ("raw", "preprocessed")]
     seeds, target = range(first, first + part.seeds), folder / part.preset
