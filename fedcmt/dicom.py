@@ -239,11 +239,11 @@ def _series_at(path: Path) -> Series:
         return choose_series(path)
     if not is_dicom(path):
         raise InputError(f"{path.name} is no DICOM file", field="images", fix="check the name")
+    check_lengths(path)  # find_series does so for the others
     return choose_series(path.parent, _read_header(path)[1].get(_SERIES_UID, ""))
 
 
 def _read_header(path: Path) -> tuple[sitk.ImageFileReader, dict[str, str]]:
-    check_lengths(path)
     reader = sitk.ImageFileReader()
     reader.SetImageIO("GDCMImageIO")
     reader.SetFileName(str(path))
