@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedcmt.data.torch_pipeline import Batch
+from fedcmt.lean_network import make_lean
 from fedcmt.objective import Objective
 from fedcmt.strategies.client_work import DistillationSettings
 
@@ -28,11 +29,14 @@ class Teacher:
     Args:
         network: The network to copy.
         settings: lambda_0 and T.
+        lean: Whether the copy is made lean, for float32 on a CPU; other roundings, less time.
     """
 
-    def __init__(self, network: nn.Module, settings: DistillationSettings) -> None:
+    def __init__(self, network: nn.Module, settings: DistillationSettings, *, lean: bool = False) -> None:
         self._settings = settings
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
+        if lean:
+            make_lean(self.network.to(memory_format=torch.contiguous_format))
 
     def learn(self, network: nn.Module) -> None:
         """Take parameters and running statistics of a network."""

@@ -1,4 +1,4 @@
-"""Networks made lean for prediction on CPUs, with the same bits as answer.
+"""Networks made lean for all that needs no gradient on CPUs, with the same bits as answer.
 
 What torch does in three passes and into a new tensor, instance normalisation and leaky ReLU after a convolution, is one
 native operation here, with torch's roundings. And a decoder lets go of the encoder's feature maps as it uses them.

@@ -89,13 +89,16 @@ class Trainer:
         self.trained: tuple[str, ...] = PARTS
         self._proximal, self._decoder_steps = work.proximal, work.decoder_steps
         self._anchors: list[tuple[torch.nn.Parameter, Tensor]] = []
-        self._teacher = Teacher(self.network, work.distillation) if work.distillation.weight > 0 else None
+        # bfloat16 needs no loss scaling, so there is no scaler state to carry across rounds.
+        self._mixed_precision = training.mixed_precision == "auto" and trains_in_bfloat16(device)
+        self._teacher: Teacher | None = None
+        if work.distillation.weight > 0:
+            lean = device.type == "cpu" and not self._mixed_precision
+            self._teacher = Teacher(self.network, work.distillation, lean=lean)
         self.objective = objective or make_objective(
             plan, training, device, client=client, seed=seed, data=data or DataConfig()
         )
         self.optimizer = self.new_optimizer(list(self.network.parameters()))
-        # bfloat16 needs no loss scaling, so there is no scaler state to carry across rounds.
-        self._mixed_precision = training.mixed_precision == "auto" and trains_in_bfloat16(device)
         self._round = 0
         self._batches: ReadAhead[Batch] | None = None  # while a round's training lasts
         self._fitted = FitResult(0, 0.0, training.learning_rate, 0.0, 0.0, 0.0)  # sums over the steps of this round

@@ -86,6 +86,23 @@ def test_the_teacher_is_the_received_model_with_the_clients_decoder(plans: dict[
     assert torch.equal(each.encoder, own)  # only the teacher takes what was received
 
 
+@pytest.mark.parametrize("client", ["ct_plain", "mr_two", "mr_class"])
+def test_a_lean_teacher_says_the_same(plans: dict[str, ClientPlan], client: str) -> None:
+    each = trainer(plans[client], mixed_precision="off")
+    plain, lean = (Teacher(each.network, DISTILLING.distillation, lean=lean) for lean in (False, True))
+    with torch.no_grad():
+        for parameter in each.network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    outputs = []
+    for teacher in (plain, lean):
+        teacher.learn(each.network)
+        with each.objective.batches(1, 1) as batches, torch.no_grad():
+            answer = each.objective.outputs(teacher.network, next(batches))
+        outputs.append(answer if isinstance(answer, list) else [answer])
+    for one, other in zip(*outputs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(one.std()))
+
+
 def test_distillation_changes_training_and_its_absence_nothing(plans: dict[str, ClientPlan]) -> None:
     results = []
     for work in (None, ClientWork(), DISTILLING):
