@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fedcmt.config import FederationConfig
+from fedcmt.config import Checkpoint, FederationConfig
 from fedcmt.errors import InputError
 from fedcmt.files import check_same_tensors, hold, read_json, read_tensors, write_bytes, write_json, write_text
 from fedcmt.model_checks import check_model, check_topology
@@ -45,9 +45,21 @@ def _discard(folder: Path, round_index: int) -> None:
 
 @dataclass(frozen=True)
 class ClientFolder:
-    """A client's files."""
+    """A client's files.
+
+    Attributes:
+        path: The folder.
+        checkpoint: Which of its models to use; None for the one that the federation was told to use.
+    """
 
     path: Path
+    checkpoint: Checkpoint | None = None
+
+    @property
+    def weights(self) -> Path:
+        """The model to use."""
+        chosen = self.checkpoint or read_json(self.facts).get("checkpoint")
+        return self.last if chosen == "last" else self.best
 
     @property
     def best(self) -> Path:
@@ -81,7 +93,7 @@ class ClientFolder:
 
     @property
     def model(self) -> Path:
-        """nnU-Net model folder of the best model."""
+        """nnU-Net model folder of the model to use."""
         return self.path / "model"
 
     @property
@@ -91,7 +103,7 @@ class ClientFolder:
 
     @property
     def results(self) -> Path:
-        """Scores of the best model, kept at the client's site."""
+        """Scores of the model to use, kept at the client's site."""
         return self.path / "results.json"
 
     def state(self, round_index: int) -> Path:
@@ -131,7 +143,7 @@ class Workspace:
 
     @property
     def results(self) -> Path:
-        """Scores of the best models."""
+        """Scores of the clients' models."""
         return self.path / "results.json"
 
     @property
@@ -251,12 +263,18 @@ def results_of(config: FederationConfig, entries: Sequence[Mapping[str, Any]]) -
         "federation": config.name,
         "strategy": config.strategy.name,
         "rounds": config.rounds,
+        "inference": config.inference.model_dump(mode="json"),
         "clients": list(entries),
     }
 
 
-def existing_client(workspace: Path, name: str) -> ClientFolder:
+def existing_client(workspace: Path, name: str, checkpoint: Checkpoint | None = None) -> ClientFolder:
     """The folder of a client that has a model.
+
+    Args:
+        workspace: The federation's folder.
+        name: The client's.
+        checkpoint: Which of its models; None for the one that the federation was told to use.
 
     Raises:
         InputError: No workspace, no such client, or no model yet.
@@ -269,7 +287,7 @@ def existing_client(workspace: Path, name: str) -> ClientFolder:
         raise InputError(
             f"no such client in {workspace}", client=name, field="client", fix=f"use one of {', '.join(known)}"
         )
-    folder = ClientFolder(root / name)
+    folder = ClientFolder(root / name, checkpoint)
     if not folder.best.is_file():
         raise InputError(
             f"{workspace} holds no model of it yet", client=name, field="client", fix="finish a round first"
@@ -278,7 +296,7 @@ def existing_client(workspace: Path, name: str) -> ClientFolder:
 
 
 def load_model(folder: ClientFolder) -> tuple[torch.nn.Module, dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """A client's best model, ready to predict.
+    """A client's model, ready to predict.
 
     Returns:
         Network, plans, dataset.json, facts.
@@ -287,8 +305,9 @@ def load_model(folder: ClientFolder) -> tuple[torch.nn.Module, dict[str, Any], d
         InputError: A file is missing, damaged or does not fit the others.
     """
     plans, dataset_json, facts = (read_json(path) for path in (folder.plans, folder.dataset_json, folder.facts))
-    tensors, stored = read_tensors(folder.best)
-    files = {"plans": folder.plans, "dataset_json": folder.dataset_json, "facts": folder.facts, "weights": folder.best}
+    weights = folder.weights
+    tensors, stored = read_tensors(weights)
+    files = {"plans": folder.plans, "dataset_json": folder.dataset_json, "facts": folder.facts, "weights": weights}
     try:
         configuration = configuration_name(plans)
     except (LookupError, TypeError, StopIteration):
@@ -296,7 +315,7 @@ def load_model(folder: ClientFolder) -> tuple[torch.nn.Module, dict[str, Any], d
     check_model(files, plans, dataset_json, facts, configuration, tensors)
     try:
         architecture = plans["configurations"][configuration]["architecture"]
-        check_topology(stored.get("topology"), contract_digest(architecture), folder.best)
+        check_topology(stored.get("topology"), contract_digest(architecture), weights)
         with torch.device("meta"):  # the file's tensors become the network's, so none are made here
             network = build_network(
                 architecture, len(dataset_json["channel_names"]), facts["num_heads"], initialize=False
@@ -306,7 +325,7 @@ def load_model(folder: ClientFolder) -> tuple[torch.nn.Module, dict[str, Any], d
     except (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
         raise InputError(f"{folder.plans} describes no FedCMT network ({error})", field="plans") from None
     named = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-    check_same_tensors(named, tensors, source=folder.best)
+    check_same_tensors(named, tensors, source=weights)
     # A state dict also names modules that stand in two places; the file has each tensor once.
     names = {id(tensor): name for name, tensor in named.items()}
     state = {key: tensors[names[id(tensor)]] for key, tensor in network.state_dict(keep_vars=True).items()}
@@ -315,7 +334,7 @@ def load_model(folder: ClientFolder) -> tuple[torch.nn.Module, dict[str, Any], d
 
 
 def export_nnunet_model(folder: ClientFolder, target: Path) -> None:
-    """Write a client's best model as an nnU-Net model folder, replacing an older one.
+    """Write a client's model as an nnU-Net model folder, replacing an older one.
 
     Stock ``nnUNetv2_predict_from_modelfolder -f 0`` reads it wherever ``fedcmt`` can be imported (segmentation). The
     checkpoint holds four plain entries and loads with ``weights_only=True``; ``model.json`` names task and classes,

@@ -6,12 +6,12 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from fedcmt import __version__
 from fedcmt.cli_nvflare import add_nvflare_commands
 from fedcmt.command import run_command
-from fedcmt.config import ClientConfig, TopologyConfig, load_config
+from fedcmt.config import Checkpoint, ClientConfig, TopologyConfig, load_config
 from fedcmt.errors import InputError
 from fedcmt.settings import validated
 
@@ -185,13 +185,13 @@ def report(options: argparse.Namespace) -> None:
 
 
 def export(options: argparse.Namespace) -> None:
-    """Write a client's best model as an nnU-Net model folder."""
+    """Write a client's model as an nnU-Net model folder."""
     from fedcmt.checkpoint import existing_client, export_nnunet_model
     from fedcmt.files import read_json
 
     if options.output.exists():
         raise InputError(f"{options.output} exists", field="-o", fix="choose a new folder")
-    client = existing_client(options.workspace, options.client)
+    client = existing_client(options.workspace, options.client, options.checkpoint)
     export_nnunet_model(client, options.output)
     if read_json(client.facts)["task"] == "classification":
         print(f"{options.output}: stock nnU-Net does not classify")
@@ -244,7 +244,7 @@ def add_compare_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--score",
         choices=["test", "final"],
-        help="test: best model on test cases; final: last model on held-out cases (default: test where there are some)",
+        help="test: model in use on test cases; final: last one on held-out cases (default: test where there are some)",
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY.PATH=VALUE", dest="overrides", help="override a setting"
@@ -298,6 +298,7 @@ def _parser() -> argparse.ArgumentParser:
     exporting = command(export)
     exporting.add_argument("workspace", type=Path, metavar="DIR")
     exporting.add_argument("--client", required=True)
+    exporting.add_argument("--checkpoint", choices=get_args(Checkpoint), help="default: what the federation chose")
     exporting.add_argument("-o", "--output", type=Path, required=True, metavar="MODEL_FOLDER")
     command(doctor)
     add_nvflare_commands(commands)

@@ -73,6 +73,7 @@ class Client:
         self._topology = contract_digest(plan.architecture)
         self._best: Validation | None = None
         self._best_facts: dict[str, Any] = {}
+        self._last_facts: dict[str, Any] = {}
         self._best_model: dict[str, Tensor] | None = None  # of this round, until saved
         self._local: Validation | None = None  # of this round's local training
         self._began: dict[str, Tensor] = {}  # the parts that travel, before it
@@ -261,6 +262,8 @@ class Client:
                 best = candidate
         self._own_share = best[0]
         self._blend(server, own, self._own_share)
+        stage = {0.0: "aggregated", 1.0: "local"}.get(self._own_share, "mixed")
+        self._last_facts = {"round": round_index, "stage": stage, "score": best[1].score}
         return best[1], self._own_share, seconds
 
     def _shares(self) -> tuple[float, ...]:
@@ -301,10 +304,11 @@ class Client:
         trainer = self.trainer if stage != "personal" or self._personal is None else self._personal
         result = trainer.validate()
         # A client with a personal model uses no other.
-        if trainer is self._final and result.better_than(self._best):
-            self._best = result
-            self._best_facts = {"round": round_index, "stage": stage, "score": result.score}
-            self._best_model = {name: tensor.clone() for name, tensor in trainer.model().items()}
+        if trainer is self._final:
+            self._last_facts = {"round": round_index, "stage": stage, "score": result.score}
+            if result.better_than(self._best):
+                self._best, self._best_facts = result, self._last_facts
+                self._best_model = {name: tensor.clone() for name, tensor in trainer.model().items()}
         return result, time.perf_counter() - started
 
     @property
@@ -330,7 +334,7 @@ class Client:
             write_tensors(self._folder.best, self._best_model, facts | self._best_facts)
             self._best_model = None
         model = self._final.model()
-        write_tensors(self._folder.last, model, facts)
+        write_tensors(self._folder.last, model, facts | self._last_facts)
         decoder = {name: tensor for name, tensor in model.items() if name.startswith("decoder.")}
         write_tensors(self._folder.decoder, decoder, facts)
 

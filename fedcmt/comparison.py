@@ -32,7 +32,7 @@ class Row:
         seed: Of the federation.
         client: Name.
         metric: What the scores are.
-        test: Score of the client's best model (chosen on held-out cases) on its test cases; NaN where undefined.
+        test: Score of the client's model on its test cases; NaN where undefined.
         final: Score of the model it holds after the last round, on its held-out cases.
         local_steps: Of all rounds.
         personal_steps: Of all rounds, for a personal model beside.
@@ -191,7 +191,7 @@ def as_csv(rows: Iterable[Row]) -> str:
 
 
 _KINDS = {
-    "test": "best model of each client, chosen on its held-out cases, scored on its test cases",
+    "test": "model of each client, unless set otherwise the best on its held-out cases, scored on its test cases",
     "final": "model that each client holds after the last round, scored on its held-out cases",
 }
 

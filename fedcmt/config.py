@@ -97,11 +97,17 @@ class DataConfig(Settings):
     timeout: float = Field(120.0, gt=0, description="seconds after which reading a batch counts as hanging")
 
 
+Checkpoint = Literal["best", "last"]
+
+
 class InferenceConfig(Settings):
     """Sliding-window prediction."""
 
     tile_step_size: float = Field(0.5, gt=0, le=1, description="distance of tiles in patches")
     mirroring: bool = True
+    checkpoint: Checkpoint = Field(
+        "best", description="model that is scored, exported and used: best on held-out cases, or after the last round"
+    )
 
 
 class FilterConfig(BaseModel):

@@ -73,7 +73,7 @@ def cross_evaluate(
             pairs.append(
                 {"model": model, "data": data, "num_cases": count, "metric": metric, "score": main, "mean": mean}
             )
-    facts = {name: read_tensors(folders[name].best)[1] for name in names}
+    facts = {name: read_tensors(folders[name].weights)[1] for name in names}
     content = {
         "federation": config.name,
         "models": {name: {"round": fact.get("round"), "stage": fact.get("stage")} for name, fact in facts.items()},

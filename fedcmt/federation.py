@@ -34,7 +34,7 @@ from fedcmt.topology import AgreedTopology
 
 @dataclass(frozen=True)
 class FederationResult:
-    """Where everything stands, and the scores of every client's best model (the content of ``results.json``)."""
+    """Where everything stands, and the scores of every client's model (the content of ``results.json``)."""
 
     workspace: Path
     rounds: int
@@ -118,7 +118,7 @@ def _describe(
     write_text(workspace.config, dump_config(config))
     write_json(workspace.contract, contract.as_json())
     for name, plan in plans.items():
-        write_client_description(workspace.client(name), plan)
+        write_client_description(workspace.client(name), plan, config.inference.checkpoint)
 
 
 def run_round(server: Server, clients: Sequence[Client], round_index: int, display: Display) -> list[dict[str, Any]]:
@@ -222,16 +222,18 @@ def _resume(workspace: Workspace, server: Server, clients: Sequence[Client], dis
 def _score(
     workspace: Workspace, config: FederationConfig, plans: Mapping[str, ClientPlan], display: Display
 ) -> dict[str, Any]:
-    """Predict and score, unless that was done after these rounds."""
-    if workspace.results.is_file() and (done := read_json(workspace.results))["rounds"] == config.rounds:
-        return done
+    """Predict and score, unless that was done after these rounds with these settings."""
+    if workspace.results.is_file():
+        done, wanted = read_json(workspace.results), results_of(config, ())
+        if all(done.get(key) == wanted[key] for key in ("rounds", "inference")):
+            return done
     entries = []
     for name, plan in plans.items():
         shutil.rmtree(workspace.client(name).model, ignore_errors=True)  # of earlier rounds
         if not workspace.client(name).best.is_file():
             display.note(f"{name}: joins after these rounds and has no model")
             continue
-        display.note(f"{name}: predicting with its best model")
+        display.note(f"{name}: predicting with its {config.inference.checkpoint} model")
         entries.append(score_client(workspace, name, plan, config.inference, config.device))
     results = results_of(config, entries)
     write_json(workspace.results, results)
@@ -239,7 +241,7 @@ def _score(
 
 
 def _present(workspace: Workspace, display: Display) -> None:
-    """Export the best models and write the report."""
+    """Export the models and write the report."""
     for entry in read_json(workspace.results)["clients"]:
         folder = workspace.client(entry["client"])
         if not folder.model.is_dir():

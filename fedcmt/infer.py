@@ -17,6 +17,7 @@ from fedcmt.allocator import reuse_large_blocks
 from fedcmt.case_progress import open_progress
 from fedcmt.checkpoint import ClientFolder, existing_client
 from fedcmt.command import run_command
+from fedcmt.config import Checkpoint
 from fedcmt.dicom import dicom_cases
 from fedcmt.dicom_seg import check_dicom_seg, write_segmentations
 from fedcmt.errors import InputError, RunError
@@ -89,7 +90,7 @@ def _channels_of(file: Path, num_channels: int) -> tuple[str, tuple[Path, ...]]:
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m fedcmt.infer", description="Predict with clients' best models or stock nnU-Net models."
+        prog="python -m fedcmt.infer", description="Predict with clients' models or stock nnU-Net models."
     )
     models = parser.add_argument_group("models; several are an ensemble, averaged on probabilities")
     models.add_argument("--workspace", type=Path, help="folder of the federation")
@@ -98,7 +99,11 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "-m", "--model", type=Path, nargs="+", action="extend", metavar="FOLDER", help="nnU-Net model folder instead"
     )
     models.add_argument("--folds", nargs="+", default=[], metavar="FOLD", help="of nnU-Net model folders (default all)")
-    models.add_argument("--checkpoint", default=CHECKPOINT, help=f"of nnU-Net model folders (default {CHECKPOINT})")
+    models.add_argument(
+        "--checkpoint",
+        help=f"of a client best or last (default: what its federation chose), of nnU-Net model folders a file's name "
+        f"(default {CHECKPOINT})",
+    )
     parser.add_argument("-i", "--input", type=Path, required=True, help="an image or a folder of images")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for label maps or predictions.csv")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda[:i] (default auto)")
@@ -124,13 +129,14 @@ def _model_folders(options: argparse.Namespace) -> list[ClientFolder | NnunetFol
     if options.model:
         if options.workspace or options.client:
             raise InputError("name a workspace's clients or nnU-Net model folders, not both", field="-m")
-        return [NnunetFolder(path, tuple(options.folds), options.checkpoint) for path in options.model]
+        return [NnunetFolder(path, tuple(options.folds), options.checkpoint or CHECKPOINT) for path in options.model]
     if not (options.workspace and options.client):
         raise InputError("no model named", field="--client", fix="give --workspace and --client, or -m MODEL_FOLDER")
-    if options.folds or options.checkpoint != CHECKPOINT:
-        name = "--folds" if options.folds else "--checkpoint"
-        raise InputError("a client has one best model", field=name, fix=f"use {name} with -m")
-    return [existing_client(options.workspace, name) for name in options.client]
+    if options.folds:
+        raise InputError("a client has no folds", field="--folds", fix="use it with -m")
+    if options.checkpoint not in (None, *get_args(Checkpoint)):
+        raise InputError(f"no {options.checkpoint} model of a client", field="--checkpoint", fix="use best or last")
+    return [existing_client(options.workspace, name, options.checkpoint) for name in options.client]
 
 
 def _predict(options: argparse.Namespace) -> None:

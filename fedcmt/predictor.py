@@ -16,6 +16,7 @@ import torch
 from fedcmt.allocator import give_back_freed_blocks
 from fedcmt.case_progress import CaseProgress
 from fedcmt.checkpoint import ClientFolder, existing_client
+from fedcmt.config import Checkpoint
 from fedcmt.device import choose_device
 from fedcmt.dicom_seg import segment_names
 from fedcmt.errors import InputError
@@ -121,16 +122,23 @@ class Predictor:
             _check_same_outputs(self._models[0], other)
 
     @classmethod
-    def from_workspace(cls, workspace: Path | str, client: str | Sequence[str], **options: Any) -> Predictor:
-        """The best model of a client in a federation's workspace; of several clients, their ensemble.
+    def from_workspace(
+        cls,
+        workspace: Path | str,
+        client: str | Sequence[str],
+        checkpoint: Checkpoint | None = None,
+        **options: Any,
+    ) -> Predictor:
+        """The model of a client in a federation's workspace; of several clients, their ensemble.
 
         Args:
             workspace: The federation's folder.
             client: Name of the client, or names.
+            checkpoint: Its ``best`` or ``last`` model; None for the one that the federation's config names.
             options: As of the class.
         """
         names = [client] if isinstance(client, str) else client
-        return cls([existing_client(Path(workspace), name) for name in names], **options)
+        return cls([existing_client(Path(workspace), name, checkpoint) for name in names], **options)
 
     @classmethod
     def from_model_folder(

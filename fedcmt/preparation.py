@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from fedcmt.checkpoint import ClientFolder, Workspace
-from fedcmt.config import ClientConfig, FederationConfig
+from fedcmt.config import Checkpoint, ClientConfig, FederationConfig
 from fedcmt.data.nnunet_rules import NnunetRules
 from fedcmt.dataset import RawDataset, load_dataset
 from fedcmt.errors import Problems
@@ -84,7 +84,7 @@ def _contract(
     return AgreedTopology(contract, told)
 
 
-def write_client_description(folder: ClientFolder, plan: ClientPlan) -> None:
+def write_client_description(folder: ClientFolder, plan: ClientPlan, checkpoint: Checkpoint) -> None:
     """Write what prediction must know of a client besides its weights."""
     write_json(folder.plans, plan.plans)
     write_json(folder.dataset_json, plan.dataset_json)
@@ -96,5 +96,6 @@ def write_client_description(folder: ClientFolder, plan: ClientPlan) -> None:
             "num_heads": plan.num_heads,
             "mirror_axes": list(mirror_axes),
             "class_names": list(plan.dataset.class_names or ()),
+            "checkpoint": checkpoint,
         },
     )

@@ -42,7 +42,7 @@ SCORE_KINDS = {
     "test": ("test score", "held-out subjects that took no part in training or in choosing the model"),
     "validation": (
         "validation score",
-        "no test set: these subjects were not trained on, but helped to pick the best model, which flatters the score",
+        "no test set: these subjects were not trained on, but may have helped to pick the model, which flatters",
     ),
     "training-site": (
         "training-site score",

@@ -1,4 +1,4 @@
-"""Predictions and scores of a client's best model on held-out cases, for ``results.json``."""
+"""Predictions and scores of a client's model on held-out cases, for ``results.json``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fedcmt.checkpoint import Workspace, export_nnunet_model
+from fedcmt.checkpoint import Workspace, existing_client, export_nnunet_model
 from fedcmt.config import InferenceConfig
 from fedcmt.dataset import Case
 from fedcmt.files import read_tensors
@@ -22,7 +22,7 @@ from fedcmt.volume import read_volume
 def score_client(
     workspace: Workspace, name: str, plan: ClientPlan, inference: InferenceConfig, device: str
 ) -> dict[str, Any]:
-    """Predict a client's test cases with its best model and score them where the truth is known.
+    """Predict a client's test cases with its model and score them where the truth is known.
 
     Without test cases the validation cases are scored; ``score_kind`` says which, and whether they were trained on.
 
@@ -31,11 +31,16 @@ def score_client(
     """
     cases, kind = _held_out(plan)
     predictor = Predictor.from_workspace(
-        workspace.path, name, device=device, mirroring=inference.mirroring, tile_step_size=inference.tile_step_size
+        workspace.path,
+        name,
+        inference.checkpoint,
+        device=device,
+        mirroring=inference.mirroring,
+        tile_step_size=inference.tile_step_size,
     )
     folder = workspace.predictions(name)
     predictions = predictor.predict_files({key: case.images for key, case in cases.items()}, folder)
-    facts = read_tensors(workspace.client(name).best)[1]
+    facts = read_tensors(existing_client(workspace.path, name, inference.checkpoint).weights)[1]
     modality, channels = plan.group.rsplit("-", 1)
     entry = {
         "client": name,
@@ -54,7 +59,7 @@ def score_client(
 def score_and_export(
     workspace: Workspace, name: str, plan: ClientPlan, inference: InferenceConfig, device: str
 ) -> dict[str, Any]:
-    """Score a client's best model and write it as an nnU-Net model folder; its entry of ``results.json``."""
+    """Score a client's model and write it as an nnU-Net model folder; its entry of ``results.json``."""
     entry = score_client(workspace, name, plan, inference, device)
     export_nnunet_model(workspace.client(name), workspace.client(name).model)
     return entry

@@ -343,7 +343,7 @@ class Coordinator:
         self._tell("running")
 
     def _finish(self) -> None:
-        """Let clients score their best models, and write results and report."""
+        """Let clients score their models, and write results and report."""
         path, entries = self._workspace.results, {}
         if path.is_file() and (done := read_json(path))["rounds"] == self._config.rounds:
             entries = {entry["client"]: entry for entry in done["clients"]}

@@ -143,7 +143,7 @@ class Closed(Body):
 
 
 class Score(Body):
-    """To a client: predict and score with the best model."""
+    """To a client: predict and score with the model to use."""
 
 
 class Scored(Body):

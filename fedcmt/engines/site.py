@@ -124,7 +124,7 @@ class Site:
         dataset = load_client_dataset(self._config, self._settings)
         self._plan = plan_client(self._config, self._settings, dataset, contract, notes.append)
         self._begin()
-        write_client_description(self._folder, self._plan)
+        write_client_description(self._folder, self._plan, self._config.inference.checkpoint)
         if body.starting and self._settings.initial_weights is not None:
             self._start(notes)
         for note in notes:
