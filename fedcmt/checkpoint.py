@@ -59,7 +59,7 @@ class ClientFolder:
     def weights(self) -> Path:
         """The model to use."""
         chosen = self.checkpoint or read_json(self.facts).get("checkpoint")
-        return self.last if chosen == "last" else self.best
+        return self.best if chosen == "best" else self.last
 
     @property
     def best(self) -> Path:

@@ -191,7 +191,7 @@ def as_csv(rows: Iterable[Row]) -> str:
 
 
 _KINDS = {
-    "test": "model of each client, unless set otherwise the best on its held-out cases, scored on its test cases",
+    "test": "model of each client, of the last round unless inference.checkpoint says best, scored on its test cases",
     "final": "model that each client holds after the last round, scored on its held-out cases",
 }
 

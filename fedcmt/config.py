@@ -106,7 +106,7 @@ class InferenceConfig(Settings):
     tile_step_size: float = Field(0.5, gt=0, le=1, description="distance of tiles in patches")
     mirroring: bool = True
     checkpoint: Checkpoint = Field(
-        "best", description="model that is scored, exported and used: best on held-out cases, or after the last round"
+        "last", description="model that is scored, exported and used: after the last round, or best on held-out cases"
     )
 
 

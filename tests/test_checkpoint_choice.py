@@ -1,4 +1,4 @@
-"""Which of a client's models is used: the best on held-out cases, or the last round's."""
+"""Which of a client's models is used: the last round's, or the best on held-out cases."""
 
 from __future__ import annotations
 
@@ -35,28 +35,36 @@ def test_a_client_has_a_best_and_a_last_model(workspace: Path) -> None:
     best, last = folder / "best.safetensors", folder / "last.safetensors"
     first = read_tensors(best)[0]
     assert any(not torch.equal(tensor, read_tensors(last)[0][name]) for name, tensor in first.items())
-    assert holds(workspace, "ct_plain", best)
+    assert holds(workspace, "ct_plain", last)
     assert holds(workspace, "ct_plain", best, "best")
     assert holds(workspace, "ct_plain", last, "last")
     assert not holds(workspace, "ct_plain", best, "last")
 
 
+def test_scores_are_those_of_the_last_model(finished: Path) -> None:
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    results = read_json(finished / "results.json")
+    for entry in results["clients"]:
+        last = [line for line in lines if line.get("client") == entry["client"]][-1]
+        score = last["aggregated"]["score"]
+        assert entry["model"] == {"round": results["rounds"], "stage": "aggregated", "score": score}
+
+
 def test_going_on_with_the_other_one_scores_and_exports_it(workspace: Path) -> None:
-    config = load_config(workspace / "config.yaml", [f"workspace={workspace}", "inference.checkpoint=last"])
+    config = load_config(workspace / "config.yaml", [f"workspace={workspace}", "inference.checkpoint=best"])
     before = (workspace / "metrics.jsonl").read_bytes()
     result = run_federation(config)
     assert (workspace / "metrics.jsonl").read_bytes() == before
     lines = [json.loads(line) for line in before.decode().splitlines()]
     for entry in read_json(result.workspace / "results.json")["clients"]:
         last = [line for line in lines if line.get("client") == entry["client"]][-1]
-        stage = "aggregated" if "aggregated" in last else "local"
-        assert entry["model"] == {"round": config.rounds, "stage": stage, "score": last[stage]["score"]}
-        assert holds(workspace, entry["client"], workspace / "clients" / entry["client"] / "last.safetensors")
+        assert entry["model"] == last["best"]
+        assert holds(workspace, entry["client"], workspace / "clients" / entry["client"] / "best.safetensors")
     exported = torch.load(
         workspace / "clients" / "ct_plain" / "model" / "fold_0" / "checkpoint_final.pth", weights_only=True
     )
-    last_model = load_model(existing_client(workspace, "ct_plain", "last"))[0].state_dict()
-    assert all(torch.equal(tensor, last_model[name]) for name, tensor in exported["network_weights"].items())
+    best_model = load_model(existing_client(workspace, "ct_plain", "best"))[0].state_dict()
+    assert all(torch.equal(tensor, best_model[name]) for name, tensor in exported["network_weights"].items())
 
 
 def test_export_takes_the_named_one(workspace: Path, tmp_path: Path) -> None:

@@ -209,7 +209,7 @@ def test_a_folder_without_workspace_is_named(tmp_path: Path) -> None:
 def test_a_model_of_another_network_is_refused(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "client"
     shutil.copytree(finished / "clients" / "ct_plain", folder)
-    shutil.copy(finished / "clients" / "mr_two" / "best.safetensors", folder / "best.safetensors")
+    shutil.copy(finished / "clients" / "mr_two" / "last.safetensors", folder / "last.safetensors")
     with pytest.raises(InputError, match="does not fit the network"):
         Predictor(ClientFolder(folder))
 

@@ -27,23 +27,23 @@ class Payload:
 
 
 def pickled(folder: ClientFolder) -> None:
-    folder.best.write_bytes(pickle.dumps(Payload(folder.path.parent / "executed")))
+    folder.weights.write_bytes(pickle.dumps(Payload(folder.path.parent / "executed")))
 
 
 def torch_saved(folder: ClientFolder) -> None:
-    torch.save({"a": Payload(folder.path.parent / "executed")}, folder.best)
+    torch.save({"a": Payload(folder.path.parent / "executed")}, folder.weights)
 
 
 def truncated(folder: ClientFolder) -> None:
-    content = folder.best.read_bytes()
-    folder.best.write_bytes(content[: len(content) // 2])
+    content = folder.weights.read_bytes()
+    folder.weights.write_bytes(content[: len(content) // 2])
 
 
 def weights(change: Callable[[dict[str, torch.Tensor], dict[str, Any]], None]) -> Callable[[ClientFolder], None]:
     def apply(folder: ClientFolder) -> None:
-        tensors, facts = read_tensors(folder.best)
+        tensors, facts = read_tensors(folder.weights)
         change(tensors, facts)
-        write_tensors(folder.best, tensors, facts)
+        write_tensors(folder.weights, tensors, facts)
 
     return apply
 
@@ -79,7 +79,7 @@ FAULTS: dict[str, tuple[Callable[[ClientFolder], None], str]] = {
     "pickle": (pickled, "no FedCMT file"),
     "torch checkpoint": (torch_saved, "no FedCMT file"),
     "truncated": (truncated, "truncated"),
-    "empty": (lambda folder: folder.best.write_bytes(b"") and None, "truncated"),
+    "empty": (lambda folder: folder.weights.write_bytes(b"") and None, "truncated"),
     "shape": (weights(reshaped), "does not fit the network"),
     "dtype": (weights(lambda t, _: t.update({n: v.double() for n, v in t.items()})), "does not fit the network"),
     "missing tensor": (weights(without_one), "on one side only"),

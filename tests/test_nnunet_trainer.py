@@ -100,7 +100,7 @@ def as_client(result: Path, folder: Path) -> ClientFolder:
     write_json(client.plans, plans)
     write_json(client.dataset_json, dataset_json)
     write_json(client.facts, {"task": "segmentation", "num_heads": 3, "mirror_axes": [0, 1], "class_names": []})
-    write_tensors(client.best, dict(network.named_parameters()), {})
+    write_tensors(client.weights, dict(network.named_parameters()), {})
     return client
 
 

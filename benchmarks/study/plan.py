@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal
@@ -61,6 +62,7 @@ class Part(Settings):
         first: The first of them, counted from 1 within the range.
         tuning: Whether these are tuning seeds.
         strategies: Name in the table -> strategy with settings, as of ``fedcmt compare``.
+        config: Settings of the federation for all of them, ``key=value`` each.
         against: Names that get a column of differences, after ``local``.
         tests: Judged on this part's numbers.
         newcomer: Makes it the part about a client that joins late.
@@ -72,6 +74,7 @@ class Part(Settings):
     first: Count = 1
     tuning: bool = False
     strategies: dict[str, str] = Field(min_length=1)
+    config: tuple[str, ...] = ()
     against: tuple[str, ...] = ()
     tests: tuple[Test, ...] = ()
     newcomer: Newcomer | None = None
@@ -108,10 +111,13 @@ class Plan(Settings):
             return strategy
         return None if self.chosen is None else ":".join(part for part in (self.chosen, rest) if part)
 
-    def variant(self, strategy: str) -> Variant | None:
-        """The variant of a strategy; None where it waits for the default to be chosen."""
+    def variant(self, strategy: str, config: Sequence[str] = ()) -> Variant | None:
+        """The variant of a strategy, settings of the federation added; None where it waits for the choice."""
         text = self.text_of(strategy)
-        return None if text is None else next(v for v in parse_variants(text) if v.label == text)
+        if text is None:
+            return None
+        text = ":".join([text, *(f"config.{setting}" for setting in config)])
+        return next(v for v in parse_variants(text) if v.label == text)
 
 
 def local_alike(variant: Variant) -> Variant:
@@ -131,7 +137,7 @@ def read_plan(path: Path = PLAN) -> tuple[Plan, str]:
     for key, part in plan.parts.items():
         for name, strategy in part.strategies.items():
             try:
-                variant = plan.variant(strategy)
+                variant = plan.variant(strategy, part.config)
                 if variant is not None:
                     strategies.create(StrategyConfig.model_validate(dict(variant.strategy)))
             except InputError as error:

@@ -28,7 +28,7 @@ class Results:
 
     def variant(self, name: str) -> Variant | None:
         """Of a name of the plan; ``local`` is always one."""
-        return self.plan.variant(self.part.strategies.get(name, name))
+        return self.plan.variant(self.part.strategies.get(name, name), self.part.config)
 
     def seeds(self, *names: str) -> int:
         """On how many seeds all of these are there."""
@@ -56,7 +56,7 @@ class Results:
         one, upper = self.variant(name), self.variant(UPPER)
         if one is None or upper is None:
             return Difference.of([])
-        return share_of_headroom(self.rows, one.label, "local", upper.label, self.kind)
+        return share_of_headroom(self.rows, one.label, local_alike(one).label, upper.label, self.kind)
 
     def worse(self, name: str) -> tuple[int, int]:
         """Clients worse off than alone, on average and significantly."""
@@ -74,8 +74,9 @@ class Results:
         return float(np.mean(known)) if known else math.nan
 
     def named_rows(self) -> list[Row]:
-        """Rows under the plan's names, for figures: of strategies that leave the federation as it is."""
-        names = {v.label: n for n in self.part.strategies if (v := self.variant(n)) is not None and not v.overrides}
+        """Rows under the plan's names, for figures: of strategies in the part's own federation."""
+        found = {name: self.variant(name) for name in self.part.strategies}
+        names = {v.label: name for name, v in found.items() if v is not None and v.overrides == self.part.config}
         return [replace(row, strategy=names[row.strategy]) for row in self.rows if row.strategy in names]
 
 

@@ -59,7 +59,7 @@ def variants_of(plan: Plan, part: Part) -> list[Variant]:
         if part.newcomer is not None:
             wanted += newcomers(plan, part, strategy).values()
             continue
-        variant = plan.variant(strategy)
+        variant = plan.variant(strategy, part.config)
         wanted += [variant] if variant is None else [local_alike(variant), variant]
     return list({variant.label: variant for variant in wanted if variant is not None}.values())
 
