@@ -58,7 +58,8 @@ class ClientFolder:
     @property
     def weights(self) -> Path:
         """The model to use."""
-        chosen = self.checkpoint or read_json(self.facts).get("checkpoint")
+        facts = read_json(self.facts)
+        chosen = self.checkpoint or (facts.get("checkpoint") if isinstance(facts, dict) else None)
         return self.best if chosen == "best" else self.last
 
     @property

@@ -101,6 +101,7 @@ FAULTS: dict[str, tuple[Callable[[ClientFolder], None], str]] = {
     "plans missing": (lambda folder: folder.plans.unlink(), "cannot read"),
     "heads": (document("facts", "num_heads", value=10**9), "num_heads"),
     "task": (document("facts", "task", value="other"), "names no task"),
+    "facts a list": (lambda folder: folder.facts.write_text("[]") and None, "names no task"),
     "axes": (document("facts", "mirror_axes", value=[5]), "mirror_axes"),
     "labels": (document("dataset_json", "labels", value={"background": 0, "a": 2}), "gap"),
     "channels": (document("dataset_json", "channel_names", value={"0": "CT", "1": "MR"}), "normalization_schemes"),
