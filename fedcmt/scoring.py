@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fedcmt.checkpoint import Workspace, existing_client, export_nnunet_model
+from fedcmt.checkpoint import Workspace, export_nnunet_model
 from fedcmt.config import InferenceConfig
 from fedcmt.dataset import Case
 from fedcmt.files import read_tensors
@@ -31,16 +31,11 @@ def score_client(
     """
     cases, kind = _held_out(plan)
     predictor = Predictor.from_workspace(
-        workspace.path,
-        name,
-        inference.checkpoint,
-        device=device,
-        mirroring=inference.mirroring,
-        tile_step_size=inference.tile_step_size,
+        workspace.path, name, device=device, mirroring=inference.mirroring, tile_step_size=inference.tile_step_size
     )
     folder = workspace.predictions(name)
     predictions = predictor.predict_files({key: case.images for key, case in cases.items()}, folder)
-    facts = read_tensors(existing_client(workspace.path, name, inference.checkpoint).weights)[1]
+    facts = read_tensors(workspace.client(name).weights)[1]
     modality, channels = plan.group.rsplit("-", 1)
     entry = {
         "client": name,
