@@ -190,6 +190,17 @@ def as_csv(rows: Iterable[Row]) -> str:
     return buffer.getvalue()
 
 
+def from_csv(text: str) -> list[Row]:
+    """The rows of :func:`as_csv`, without their curves; other columns are left out."""
+    rows = []
+    for line in csv.DictReader(io.StringIO(text)):
+        scores = [float(line[key] or "nan") for key in ("test", "final")]
+        counts = [int(line[key]) for key in ("local_steps", "personal_steps")]
+        named = (line["strategy"], int(line["seed"]), line["client"], line["metric"])
+        rows.append(Row(*named, *scores, *counts, line["score_kind"], ()))
+    return rows
+
+
 _KINDS = {
     "test": "model of each client, of the last round unless inference.checkpoint says best, scored on its test cases",
     "final": "model that each client holds after the last round, scored on its held-out cases",

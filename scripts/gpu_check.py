@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 COUNTS = (8, 2, 64)  # the most telling first, in case time runs out
 DTYPES = (torch.float32, torch.bfloat16)
@@ -44,17 +46,18 @@ class Case:
 
 
 class Clock:
-    """Times work on one device: by events on a GPU, by the wall clock on a CPU."""
+    """Times work on one device: whole calls, and what the device did in them. On a CPU both are the wall clock's."""
 
     def __init__(self, device: str, repeats: int) -> None:
         self._cuda = torch.device(device).type == "cuda"
         self._repeats = repeats
 
-    def median(self, work: Work) -> float:
-        """Milliseconds of one call."""
+    def times(self, work: Work) -> dict[str, float]:
+        """Milliseconds of one call: ``call``, the median on an idle device, and ``device``, the mean of its work."""
         for _ in range(WARM_UP):
             work()
-        return statistics.median(self._once(work) for _ in range(self._repeats))
+        call = statistics.median(self._once(work) for _ in range(self._repeats))
+        return {"call": call, "device": self._device(work) if self._cuda else call}
 
     def extra_memory(self, work: Work) -> int | None:
         """Bytes that a call allocates on the GPU at its peak."""
@@ -65,6 +68,16 @@ class Clock:
         before = torch.cuda.memory_allocated()
         work()
         return torch.cuda.max_memory_allocated() - before
+
+    def _device(self, work: Work) -> float:
+        """Kernels and copies of a call, without the gaps between them, in which the host checks and launches."""
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as trace:
+            for _ in range(self._repeats):
+                work()
+            torch.cuda.synchronize()
+        spent = [event.device_time for event in trace.events() if event.device_type == DeviceType.CUDA]
+        return float(sum(spent)) / self._repeats / 1e3
 
     def _once(self, work: Work) -> float:
         if not self._cuda:
@@ -153,20 +166,19 @@ def copy_of(moved: int, device: str) -> Work:
 
 
 def measure(case: Case, clock: Clock, device: str) -> dict[str, Any]:
-    native = clock.median(case.native)
-    copy = clock.median(copy_of(case.moved, device))
-    others = {name: clock.median(work) for name, work in case.others.items()}
+    native, copy = clock.times(case.native), clock.times(copy_of(case.moved, device))["device"]
+    others = {name: clock.times(work) for name, work in case.others.items()}
     return {
         "operation": case.operation,
         "dtype": case.dtype,
         "count": case.count,
         "bytes": case.moved,
         "milliseconds": native,
-        "gb_per_s": case.moved / native / 1e6,
+        "gb_per_s": case.moved / native["device"] / 1e6,
         "copy_gb_per_s": case.moved / copy / 1e6,
-        "share_of_copy": copy / native,
+        "share_of_copy": copy / native["device"],
         "others_milliseconds": others,
-        "times_faster": {name: other / native for name, other in others.items()},
+        "times_faster": {name: {kind: other[kind] / native[kind] for kind in native} for name, other in others.items()},
         "launches": count_launches(case.native),
         "extra_memory_bytes": clock.extra_memory(case.native),
     }
@@ -236,24 +248,28 @@ class Bench:
 
 def describe(row: dict[str, Any]) -> str:
     """One line of the table."""
-    others = ", ".join(f"{name} {ratio:.1f}x" for name, ratio in row["times_faster"].items())
+    others = [f"{name} {times['device']:.1f} ({times['call']:.1f})" for name, times in row["times_faster"].items()]
     extra = row["extra_memory_bytes"]
     cells = [
         row["operation"],
         row["dtype"],
         row["count"],
-        f"{row['milliseconds']:.3f}",
+        f"{row['milliseconds']['device']:.3f}",
+        f"{row['milliseconds']['call']:.3f}",
         f"{row['gb_per_s']:.0f}",
         f"{row['share_of_copy']:.0%}",
-        others,
+        ", ".join(others),
         "-" if row["launches"] is None else row["launches"],
         "-" if extra is None else f"{extra / 1e6:.2f}",
     ]
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-HEADER = """| operation | dtype | N | ms | GB/s | of copy | times faster than | launches | extra MB |
-|---|---|---|---|---|---|---|---|---|"""
+EXPLANATION = """`device`: mean of a call's kernels and copies. `call`: median of
+whole calls on an idle device, checks and launches on the host among them. `of copy`: on the device, against a copy that
+moves as many bytes. `times faster than`: on the device, and whole calls in brackets."""
+HEADER = """| operation | updates | N | device ms | call ms | GB/s | of copy | times faster than | launches | extra MB |
+|---|---|---|---|---|---|---|---|---|---|"""
 
 
 def write_facts(folder: Path, device: str) -> int:
@@ -299,8 +315,7 @@ def report_lines(facts: dict[str, Any], steps: Sequence[dict[str, Any]], bench: 
     yield "\n| step | result | s |\n|---|---|---|"
     yield from (f"| {step['name']} | {step['result']} | {step['seconds']} |" for step in steps)
     if bench:
-        yield f"\n{bench['elements']:,} elements an update; medians of {bench['repeats']} calls, timed on the device."
-        yield "`of copy`: against a copy on the device that reads and writes as many bytes in all.\n"
+        yield f"\n{bench['elements']:,} elements an update, {bench['repeats']} calls. {EXPLANATION}\n"
         yield HEADER
         yield from map(describe, bench["rows"])
         yield from (f"\nFailed: {error}" for error in bench["errors"])

@@ -16,7 +16,7 @@ from fedcmt import compare as comparing
 from fedcmt import comparison_runs
 from fedcmt.cli import main
 from fedcmt.compare import compare, parse_variants
-from fedcmt.comparison import Difference, Row, as_csv, as_markdown, difference, share_of_headroom
+from fedcmt.comparison import Difference, Row, as_csv, as_markdown, difference, from_csv, share_of_headroom
 from fedcmt.comparison_figures import curves_png, forest_png
 from fedcmt.errors import InputError, RunError
 
@@ -102,7 +102,10 @@ def test_the_share_of_joints_lead_has_fiellers_interval() -> None:
 
 def test_scores_that_are_undefined_are_left_out_and_empty_in_the_csv() -> None:
     rows = [*example(), row("fedprox", 0, "a", math.nan)]
-    assert as_csv(rows).splitlines()[-1] == "fedprox,0,a,dice,,,4,0,test"
+    text = as_csv(rows)
+    assert text.splitlines()[-1] == "fedprox,0,a,dice,,,4,0,test"
+    assert as_csv(from_csv(text)) == text
+    assert {row.curve for row in from_csv(text)} == {()}
     assert "| fedprox | – | – |" in as_markdown(rows, "local", "test", tuning=False)
     for image in (curves_png(rows), forest_png(rows, "local", "test")):
         assert image.startswith(b"\x89PNG")

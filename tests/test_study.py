@@ -189,5 +189,17 @@ def test_it_stops_at_the_budget_goes_on_and_fills_the_document(
     }  # fmt: skip
     study(tmp_path / "work", only=["first"], budget=0)
     assert (tmp_path / "results.md").read_text() == text
+
+    # On another machine the published scores stand for the runs, and say the same.
+    curves, scores = tmp_path / "figures" / "study-first-curves.png", tmp_path / "results.csv"
+    before = scores.read_bytes()
+    curves.write_bytes(b"of the runs themselves")
+    study(tmp_path / "elsewhere", only=["first"], scores=scores)
+    assert "first: " not in (said := capsys.readouterr().out)
+    assert "0 runs are left\n" in said
+    assert ((tmp_path / "results.md").read_text(), scores.read_bytes()) == (text, before)
+    assert curves.read_bytes() == b"of the runs themselves"
+    study(tmp_path / "elsewhere", budget=0, scores=scores)
+    assert "2 runs are left; the same command goes on" in capsys.readouterr().out
     with pytest.raises(InputError, match="no part 'second'"):
         study(tmp_path / "work", only=["second"])

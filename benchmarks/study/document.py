@@ -99,15 +99,15 @@ def _part(results: Results, figures: list[str]) -> list[str]:
 
 
 def _figures(key: str, results: Results, docs: Path) -> list[str]:
-    """Curves and forest plot of a part on fresh seeds."""
+    """Curves and forest plot of a part on fresh seeds. Curves stay as they are where published rows have none."""
     rows = results.named_rows()
     if results.part.tuning or results.part.newcomer is not None or not any(row.strategy == "local" for row in rows):
         return []
-    links = []
-    for kind, image in (("curves", curves_png(rows)), ("forest", forest_png(rows, "local", results.kind))):
-        write_bytes(docs / "figures" / f"study-{key}-{kind}.png", image)
-        links.append(f"![{kind} of {key}](figures/study-{key}-{kind}.png)")
-    return links
+    figures = {kind: docs / "figures" / f"study-{key}-{kind}.png" for kind in ("curves", "forest")}
+    if all(row.curve for row in rows):
+        write_bytes(figures["curves"], curves_png(rows))
+    write_bytes(figures["forest"], forest_png(rows, "local", results.kind))
+    return [f"![{kind} of {key}](figures/{path.name})" for kind, path in figures.items() if path.is_file()]
 
 
 def _csv(results: Mapping[str, Results]) -> str:

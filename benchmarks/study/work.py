@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
 from plan import Part, Plan, local_alike
 
 from fedcmt.compare import TEST_SEEDS_FROM, TUNING_SEEDS_FROM
-from fedcmt.comparison import Row, read_run
+from fedcmt.comparison import Row, from_csv, read_run
 from fedcmt.comparison_runs import Run, prepare_data, run_all, runs_of
 from fedcmt.config import load_config
 from fedcmt.variants import Variant
@@ -76,13 +78,13 @@ def runs_for(plan: Plan, part: Part, folder: Path) -> list[Run]:
 def carry_out(
     runs: Sequence[Run], preset: str, processes: int, deadline: float | None, say: Callable[[str], None]
 ) -> list[str]:
-    """Run what is not finished, seed by seed, until the deadline.
+    """Do runs that are not finished, seed by seed, until the deadline.
 
     Returns:
         What went wrong.
     """
     problems: list[str] = []
-    for seed, group in groupby((run for run in runs if not run.finished), lambda run: run.seed):
+    for seed, group in groupby(runs, lambda run: run.seed):
         if deadline is not None and time.monotonic() >= deadline:
             break
         waiting = list(group)
@@ -94,6 +96,24 @@ def carry_out(
     return problems
 
 
-def rows_of(runs: Sequence[Run]) -> list[Row]:
-    """The rows of the finished runs."""
-    return [row for run in runs if run.finished for row in read_run(run.workspace, run.variant.label, run.seed)]
+def published(path: Path) -> dict[str, dict[tuple[str, int], list[Row]]]:
+    """Of each preset, the rows in ``results.csv`` of each variant and seed; they have no curves."""
+    found: dict[str, dict[tuple[str, int], list[Row]]] = {}
+    text = path.read_text(encoding="utf-8")
+    for line, row in zip(csv.DictReader(io.StringIO(text)), from_csv(text), strict=True):
+        found.setdefault(line["preset"], {}).setdefault((row.strategy, row.seed), []).append(row)
+    return found
+
+
+def is_known(run: Run, known: Mapping[tuple[str, int], list[Row]]) -> bool:
+    """Whether a run need not be done: it is finished, or its rows are known."""
+    return run.finished or (run.variant.label, run.seed) in known
+
+
+def rows_of(runs: Iterable[Run], known: Mapping[tuple[str, int], list[Row]]) -> list[Row]:
+    """The rows of the finished runs, and of others those that are known."""
+    rows: list[Row] = []
+    for run in runs:
+        own = run.variant.label, run.seed
+        rows += read_run(run.workspace, *own) if run.finished else known.get(own, [])
+    return rows
