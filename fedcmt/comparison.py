@@ -192,13 +192,21 @@ def as_csv(rows: Iterable[Row]) -> str:
 
 def from_csv(text: str) -> list[Row]:
     """The rows of :func:`as_csv`, without their curves; other columns are left out."""
-    rows = []
-    for line in csv.DictReader(io.StringIO(text)):
-        scores = [float(line[key] or "nan") for key in ("test", "final")]
-        counts = [int(line[key]) for key in ("local_steps", "personal_steps")]
-        named = (line["strategy"], int(line["seed"]), line["client"], line["metric"])
-        rows.append(Row(*named, *scores, *counts, line["score_kind"], ()))
-    return rows
+    return [
+        Row(
+            strategy=line["strategy"],
+            seed=int(line["seed"]),
+            client=line["client"],
+            metric=line["metric"],
+            test=float(line["test"] or "nan"),
+            final=float(line["final"] or "nan"),
+            local_steps=int(line["local_steps"]),
+            personal_steps=int(line["personal_steps"]),
+            score_kind=line["score_kind"],
+            curve=(),
+        )
+        for line in csv.DictReader(io.StringIO(text))
+    ]
 
 
 _KINDS = {
