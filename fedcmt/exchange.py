@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from fedcmt.layout import FlatLayout
@@ -76,3 +77,9 @@ class ClientUpdate:
     adaptor: Tensor  # [A], local minus received
     decoder: Tensor | None = None  # [D], local minus where it began; only where it travels
     decoder_start: Tensor | None = None  # [D], where it began, if the server sent no decoder
+
+    def to(self, device: torch.device) -> ClientUpdate:
+        """The same with all tensors on a device; those that are there already are not copied."""
+        parts = ("encoder", "adaptor", "decoder", "decoder_start")
+        tensors = {part: tensor for part in parts if (tensor := getattr(self, part)) is not None}
+        return replace(self, **{part: tensor.to(device) for part, tensor in tensors.items()})

@@ -65,6 +65,7 @@ class Server:
             )
         self._strategy, self._topology, self._seed, self._rounds = strategy, contract.digest(), seed, rounds
         self._backend: ops.Backend = backend
+        self._device = device
         self._clients = {client.name: client for client in sorted(clients, key=lambda c: c.name)}
         self._sends_decoder = {client.name: strategy.sends_decoder(client, clients) for client in clients}
         self._shared = SharedParts(
@@ -162,11 +163,12 @@ class Server:
         return keys[client] not in self._shared.trained_adaptors and all(map(self._warms_up, sharing))
 
     def accept(self, update: ClientUpdate) -> str | None:
-        """Take an update, or say why not: wrong round, sent twice, wrong size or not finite.
+        """Take an update, wherever its tensors are, or say why not: wrong round, sent twice, wrong size or not finite.
 
         Returns:
             None, or the reason for refusing it; the client then counts as absent this round.
         """
+        update = update.to(self._device)
         reason = self._fault(update)
         if reason is None:
             self._accepted[update.client] = update

@@ -157,7 +157,7 @@ class Trainer:
         received = ((self.encoder, self.encoder_layout, encoder), (self.adaptor, self.adaptor_layout, adaptor))
         if self._proximal > 0:
             parameters = dict(self.network.named_parameters())
-            copies = [(layout, flat.clone()) for _, layout, flat in received]
+            copies = [(layout, value.to(flat.device, copy=True)) for flat, layout, value in received]
             self._anchors = [(parameters[s.name], s.view(flat)) for layout, flat in copies for s in layout.segments]
         if self._teacher is not None:
             own = [flat.clone() for flat, _, _ in received]
@@ -299,6 +299,9 @@ class Trainer:
             if name.startswith("optimizer."):
                 _, key, parameter_name = name.split(".", 2)
                 parameter = parameters[parameter_name]
-                # Moments stand in their parameter's memory order; a scalar step count stands on the CPU.
-                kept = torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value.clone()
+                # Moments stand in their parameter's memory order; a fused optimizer counts steps on its device.
+                if value.shape == parameter.shape:
+                    kept = torch.empty_like(parameter).copy_(value)
+                else:
+                    kept = value.to(parameter.device, copy=True)
                 self.optimizer.state[parameter][key] = kept

@@ -150,7 +150,7 @@ bench() {
     fi
 }
 
-# DALI on the GPU against DALI on the CPU, its buffers in torch, and how long a trainer waits for patches.
+# DALI on the GPU against the torch backend, its buffers in torch, and how long a trainer waits for patches.
 data() {
     if [ "$device" = cpu ]; then
         "$python" "$root/scripts/gpu_data.py" "$folder" --device cpu --size 16 --batches 3 --parity 6 --threads 1

@@ -63,7 +63,7 @@ def run(transforms: Sequence[str], shape: str, channels: int) -> list[tuple[torc
     pipeline = dali.build(rules, wanted, CPU)
     outputs = pipeline.run(**{name: [sample[name] for sample in samples] for name in samples[0]})
     images, labels = (torch.from_dlpack(output.as_tensor()) for output in outputs)
-    return list(zip(images, labels[:, 0], expected, strict=True))
+    return list(zip(images[..., 0], labels[:, 0], expected, strict=True))
 
 
 @pytest.mark.parametrize("channels", [1, 4])
@@ -195,13 +195,14 @@ def test_a_hanging_source_is_noticed() -> None:
     assert "client 'site', case" in notes[0]
 
 
-def test_a_pipeline_that_failed_is_rebuilt(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [RuntimeError, ValueError])
+def test_a_pipeline_that_failed_is_rebuilt(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
     maker = makers(client("isotropic"))[0]
     expected = maker.make(0)
     dead = maker._pipeline
 
     def fails(**inputs: object) -> None:
-        raise RuntimeError("CUDA allocation failed")
+        raise error("CUDA allocation failed")
 
     monkeypatch.setattr(dead, "run", fails)
     got = maker.make(0)
@@ -234,5 +235,5 @@ def test_the_neutral_inputs_change_nothing() -> None:
     wanted = TargetRules((rules.patch_size,), False, None, ())
     inputs = dali.sample_inputs(image.copy(), marks, part, draws, rules, wanted)
     outputs = dali.build(replace(rules, batch_size=1), wanted, CPU).run(**{k: [v] for k, v in inputs.items()})
-    assert np.array_equal(torch.from_dlpack(outputs[0].as_tensor())[0].numpy(), image)
+    assert np.array_equal(torch.from_dlpack(outputs[0].as_tensor())[0, ..., 0].numpy(), image)
     assert np.array_equal(augmented(image.copy(), marks, part, draws, rules)[0], image)

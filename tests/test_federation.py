@@ -77,6 +77,7 @@ def test_best_is_the_best_of_the_scores_seen(finished: Path) -> None:
 def test_saved_best_model_really_has_its_score(finished: Path, raw_datasets: Path, preprocessed: Path) -> None:
     """The file is the model that was scored, not one a round younger or older."""
     from fedcmt.config import load_config
+    from fedcmt.device import choose_device
     from fedcmt.federation import prepare_clients
     from fedcmt.files import copy_into
     from fedcmt.trainer import Trainer
@@ -85,7 +86,7 @@ def test_saved_best_model_really_has_its_score(finished: Path, raw_datasets: Pat
     plans = prepare_clients(config)
     for name in ("ct_plain", "mr_class"):
         trainer = Trainer(
-            plans[name], config.training, client=name, seed=config.seed, rounds=2, device=torch.device("cpu")
+            plans[name], config.training, client=name, seed=config.seed, rounds=2, device=choose_device("auto")
         )
         path = finished / "clients" / name / "best.safetensors"
         tensors, facts = read_tensors(path)
@@ -221,9 +222,11 @@ def test_a_workspace_of_another_federation_is_refused(finished: Path, raw_datase
 
 
 def test_the_backend_of_patches_is_kept(finished: Path, raw_datasets: Path, preprocessed: Path) -> None:
-    assert yaml.safe_load((finished / "config.yaml").read_text())["data"]["backend"] == "torch"
-    with pytest.raises(InputError, match=r"field 'data.backend': .* was made with backend torch, found dali"):
-        run_federation(federation(raw_datasets, preprocessed, finished, data={"backend": "dali"}))
+    own = yaml.safe_load((finished / "config.yaml").read_text())["data"]["backend"]
+    assert own == ("dali" if torch.cuda.is_available() else "torch")
+    other = {"dali": "torch", "torch": "dali"}[own]
+    with pytest.raises(InputError, match=rf"field 'data.backend': .* was made with backend {own}, found {other}"):
+        run_federation(federation(raw_datasets, preprocessed, finished, data={"backend": other}))
     run_federation(federation(raw_datasets, preprocessed, finished, data={"threads": 2, "ahead": 1}))
 
 

@@ -85,6 +85,31 @@ def test_a_round_makes_the_conflict_averse_step_and_averages_adaptors_in_groups(
     assert line["step_norm"] == pytest.approx(float((weights @ deltas).norm()), rel=1e-4)
 
 
+def test_updates_are_taken_to_the_servers_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they come over a network, to a server with a GPU. Here the device without memory stands for one of them."""
+    full = ClientUpdate("ct_a", 1, 3, *(torch.zeros(size) for size in (2, 3, 4, 5)))
+    moved = full.to(torch.device("meta"))
+    parts = (moved.encoder, moved.adaptor, moved.decoder, moved.decoder_start)
+    assert [(part.device.type, len(part)) for part in parts if part is not None] == [
+        ("meta", 2), ("meta", 3), ("meta", 4), ("meta", 5)
+    ]  # fmt: skip
+    assert full.to(torch.device("cpu")).encoder is full.encoder
+    assert ClientUpdate("ct_a", 1, 3, full.encoder, full.adaptor).to(torch.device("meta")).decoder is None
+
+    server, sent = make_server(), []
+    server.begin(1)
+    update = update_for(server, "ct_a", 1)
+    there = update.to(torch.device("meta"))
+
+    def to(self: ClientUpdate, device: torch.device) -> ClientUpdate:
+        sent.append(device)
+        return update
+
+    monkeypatch.setattr(ClientUpdate, "to", to)
+    assert server.accept(there) is None
+    assert sent == [torch.device("cpu")]
+
+
 def test_the_order_of_arrival_changes_no_bit() -> None:
     results = []
     for order in (["ct_a", "ct_b", "mr_a"], ["mr_a", "ct_b", "ct_a"]):

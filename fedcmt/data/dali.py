@@ -27,7 +27,10 @@ from fedcmt.data.torch_pipeline import Batch, PatchSource
 from fedcmt.errors import RunError
 
 _LEAST_WIDTH = 1e-7  # of a range or a deviation that is divided by
-_SPATIAL = [1, 2, 3]  # axes of a sample [C, D, H, W]
+# A sample's channels are frames of one channel each, [C, D, H, W, 1]: warping wants one last, and no operator has to
+# reshape, which DALI 2.4 refuses on GPUs where the number of dimensions changes.
+_LAYOUT = "FDHWC"
+_SPATIAL = [1, 2, 3]
 _Inputs = dict[str, np.ndarray]
 
 
@@ -76,6 +79,7 @@ class DaliMaker:
             samples.append(sample_inputs(image, labels, part, draws, rules, self._source.targets))
             cases.append(draws.case)
         data, *target = self._run(index, {name: [sample[name] for sample in samples] for name in samples[0]})
+        data = data[..., 0]
         if rules.slices:
             data, target = data[:, :, 0], [one[:, :, 0] for one in target]
         return Batch(data, target if self._source.targets.several else target[0], tuple(cases))
@@ -92,7 +96,7 @@ class DaliMaker:
             try:
                 outputs = self._pipeline.run(**inputs)
                 return self._lent.hand_over(index, [output.as_tensor() for output in outputs])
-            except RuntimeError as error:
+            except (RuntimeError, ValueError, TypeError, IndexError) as error:  # DALI raises all of these
                 self._pipeline = None
                 if attempt == 1:
                     raise RunError(f"{self.doing()}: DALI failed at the batch with it: {error}") from error
@@ -137,8 +141,8 @@ class _Neutral:
     channels: int
 
     def factors(self, drawn: tuple[float, ...]) -> np.ndarray:
-        """`[C, 1, 1, 1]`."""
-        return np.asarray(drawn or (1.0,) * self.channels, np.float32).reshape(-1, 1, 1, 1)
+        """`[C, 1, 1, 1, 1]`."""
+        return np.asarray(drawn or (1.0,) * self.channels, np.float32).reshape(-1, 1, 1, 1, 1)
 
     def blur(self, drawn: tuple[tuple[float, float, float] | None, ...]) -> tuple[np.ndarray, np.ndarray]:
         """Standard deviations and numbers of taps, `[C, 3]` each; one tap changes nothing."""
@@ -169,11 +173,11 @@ def sample_inputs(
     sigmas, taps = neutral.blur(draws.blur)
     thinned = [kept or (0, 0, 0) for kept in draws.low_resolution or (None,) * rules.channels]
     inputs = {
-        "image": image,
+        "image": image[..., None],
         "warps": np.array(part.affine is not None),
         "matrix": _matrix(np.eye(3, 4) if part.affine is None else part.affine),
         "adds_noise": np.array(draws.noise > 0),
-        "noise": np.asarray(noise, np.float32),
+        "noise": np.asarray(noise, np.float32)[..., None],
         "deviation": np.array(draws.noise, np.float32),
         "blurs": np.array(bool(draws.blur)),
         "sigmas": sigmas,
@@ -192,8 +196,8 @@ def sample_inputs(
         **{f"target{k}": np.ascontiguousarray(one) for k, one in enumerate(targets(labels, wanted))},
     }
     if wanted.masked_channels:
-        kept = np.ones((rules.channels, *size), np.float32)
-        kept[list(wanted.masked_channels)] = labels >= 0
+        kept = np.ones((rules.channels, *size, 1), np.float32)
+        kept[list(wanted.masked_channels)] = (labels >= 0)[..., None]
         inputs["kept"] = kept
     return inputs
 
@@ -222,11 +226,11 @@ def _matrix(affine: np.ndarray) -> np.ndarray:
 
 # name -> (type, layout) of what the graph reads for a sample; masks and targets come on top.
 _INPUTS: dict[str, tuple[types.DALIDataType, str]] = {
-    "image": (types.FLOAT, "CDHW"),
+    "image": (types.FLOAT, _LAYOUT),
     "warps": (types.BOOL, ""),
     "matrix": (types.FLOAT, ""),
     "adds_noise": (types.BOOL, ""),
-    "noise": (types.FLOAT, "CDHW"),
+    "noise": (types.FLOAT, _LAYOUT),
     "deviation": (types.FLOAT, ""),
     "blurs": (types.BOOL, ""),
     "sigmas": (types.FLOAT, "F*"),
@@ -247,7 +251,7 @@ _ON_DEVICE = ("image", "noise", "brightness", "contrast", "exponents_negated", "
 
 
 def build(rules: PatchRules, wanted: TargetRules, device: torch.device) -> Pipeline:
-    """A pipeline whose run takes `sample_inputs` of every sample and gives images and targets.
+    """A pipeline whose run takes `sample_inputs` of every sample and gives images `[N, C, D, H, W, 1]` and targets.
 
     Predicates and sizes stay on the CPU; ``.gpu()`` and the device's number are all that differs between devices.
     """
@@ -262,7 +266,7 @@ def build(rules: PatchRules, wanted: TargetRules, device: torch.device) -> Pipel
         given = {name: _input(name, *of, on_gpu and name in _ON_DEVICE) for name, of in _INPUTS.items()}
         image = _augmented(given, rules)
         if wanted.masked_channels:
-            image = image * _input("kept", types.FLOAT, "CDHW", on_gpu)
+            image = image * _input("kept", types.FLOAT, _LAYOUT, on_gpu)
         return image, *(_input(f"target{k}", kind, "CDHW", on_gpu) for k in range(len(wanted.sizes)))
 
     pipeline = graph()
@@ -298,19 +302,15 @@ def _augmented(given: Mapping[str, Any], rules: PatchRules) -> Any:
 
 
 def _warped(image: Any, matrix: Any, rules: PatchRules) -> Any:
-    """Trilinear, 0 outside. Channels become frames with one channel each: warping wants those last."""
-    frames = fn.reshape(image, src_dims=[0, 1, 2, 3, -1], layout="FDHWC")
-    warped = fn.warp_affine(
-        frames, matrix=matrix, size=list(rules.patch_size), fill_value=0.0, interp_type=types.INTERP_LINEAR
+    """Trilinear, 0 outside."""
+    return fn.warp_affine(
+        image, matrix=matrix, size=list(rules.patch_size), fill_value=0.0, interp_type=types.INTERP_LINEAR
     )
-    return fn.reshape(warped, shape=[rules.channels, *rules.patch_size], layout="CDHW")
 
 
 def _blurred(image: Any, sigmas: Any, taps: Any) -> Any:
-    """Each channel, as a frame, with sigmas of its own."""
-    frames = fn.reinterpret(image, layout="FDHW")
-    blurred = fn.gaussian_blur(frames, sigma=fn.per_frame(sigmas), window_size=fn.per_frame(taps))
-    return fn.reinterpret(blurred, layout="CDHW")
+    """Each channel, a frame, with sigmas of its own."""
+    return fn.gaussian_blur(image, sigma=fn.per_frame(sigmas), window_size=fn.per_frame(taps))
 
 
 def _stretched(image: Any, factor: Any) -> Any:
@@ -325,7 +325,7 @@ def _thinned(image: Any, sizes: Any, nudges: Any, rules: PatchRules) -> Any:
     """To the nearest voxels and back, channel by channel: each has a size of its own, or stays as it is."""
     channels = []
     for number in range(rules.channels):
-        channel = fn.reinterpret(image[number : number + 1], layout="CDHW")
+        channel = image[number : number + 1]
         if sizes[number, 0] > 0:
             nudge = nudges[number]
             small = fn.resize(
