@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -137,7 +140,8 @@ def _outcomes(
             yield run, run_one(run.config, reports)
         return
     # Spawned: forking a process that has run torch's threads is not safe.
-    with ProcessPoolExecutor(min(processes, len(runs)), multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(processes, len(runs)), context, initializer=_end_with_parent) as pool:
         going: dict[Future[str | None], Run] = {}
         while True:
             while len(going) < processes and (run := following()):
@@ -146,6 +150,18 @@ def _outcomes(
                 return
             for future in wait(going, return_when=FIRST_COMPLETED).done:
                 yield going.pop(future), future.result()
+
+
+def _end_with_parent() -> None:
+    """End this process where the one that started it ends, also by SIGKILL: else it would keep its run's workspace."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def run_one(config: FederationConfig, reports: bool = False) -> str | None:

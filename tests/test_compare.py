@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import csv
 import math
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -228,6 +232,35 @@ def test_other_processes_do_the_work_and_report_what_went_wrong(config: Path, tm
     (tmp_path / "out" / "runs" / "local" / "seed-1000000").write_text("in the way")
     with pytest.raises(RunError, match=r"1 of 1 runs failed; local, seed 1000000: .*Error"):
         compare(config, parse_variants("local"), 1, folder=tmp_path / "out", processes=2, say=lambda text: None)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's list of a process's children")
+def test_killed_it_leaves_no_process_behind(config: Path, tmp_path: Path) -> None:
+    """What goes on would keep the workspace, and starting again would be refused."""
+    command = ["compare", config, "--strategies", "local", "--seeds", "1", "--processes", "2", "-o", tmp_path / "out"]
+    code = "import sys; from fedcmt.cli import main; sys.exit(main(sys.argv[1:]))"
+    killed = subprocess.Popen([sys.executable, "-c", code, *command, "--set", "rounds=100000"], stdout=subprocess.PIPE)
+    log = tmp_path / "out" / "runs" / "local" / "seed-1000000.log"
+    wait_until(lambda: log.is_file() and "round 1/" in log.read_text(), 240)
+    children = [int(n) for n in Path(f"/proc/{killed.pid}/task/{killed.pid}/children").read_text().split()]
+    assert children
+    killed.kill()
+    killed.communicate()
+    wait_until(lambda: not any(map(is_running, children)), 60)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.1)
 
 
 def test_data_may_differ_by_seed(config: Path, tmp_path: Path) -> None:
