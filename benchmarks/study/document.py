@@ -26,7 +26,7 @@ from fedcmt.files import write_bytes, write_text
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 SCORES = {
-    "test": "the client's best model, chosen on its held-out cases, on its test cases",
+    "test": "the client's model, the best on its held-out cases or, where a part says so, the last, on its test cases",
     "final": "the model that the client holds after the last round, on its held-out cases",
 }
 
