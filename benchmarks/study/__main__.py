@@ -13,6 +13,7 @@ from tables import Results
 from work import carry_out, is_known, published, rows_of, runs_for
 
 from fedcmt.command import run_command
+from fedcmt.comparison_runs import Run
 from fedcmt.errors import InputError, RunError
 
 
@@ -54,20 +55,17 @@ def study(
         raise InputError(f"should be at least 1, found {processes}", field="--processes")
     runs = {key: runs_for(plan, part, folder) for key, part in plan.parts.items()}
     known = {part.preset: {} for part in plan.parts.values()} | (published(scores) if scores else {})
+
+    def left(key: str) -> list[Run]:
+        return [run for run in runs[key] if not is_known(run, known[plan.parts[key].preset])]
+
     problems = []
     for key in only or plan.parts:
         say = lambda text, key=key: print(f"{key}: {text}", flush=True)  # noqa: E731 (names the part in every line)
-        preset = plan.parts[key].preset
-        left = [run for run in runs[key] if not is_known(run, known[preset])]
-        problems += carry_out(left, preset, processes, deadline, say)
+        problems += carry_out(left(key), plan.parts[key].preset, processes, deadline, say)
     results = {key: Results(plan, part, rows_of(runs[key], known[part.preset])) for key, part in plan.parts.items()}
     print(f"{write_document(plan, digest, results)}: written")
-    missing = {
-        run.workspace
-        for key in only or plan.parts
-        for run in runs[key]
-        if not is_known(run, known[plan.parts[key].preset])
-    }
+    missing = {run.workspace for key in only or plan.parts for run in left(key)}
     print(f"{len(missing)} runs are left" + ("; the same command goes on" if missing else ""))
     if problems:
         raise RunError(f"{len(problems)} runs failed: {problems[0]}")
