@@ -190,23 +190,20 @@ def as_csv(rows: Iterable[Row]) -> str:
     return buffer.getvalue()
 
 
-def from_csv(text: str) -> list[Row]:
-    """The rows of :func:`as_csv`, without their curves; other columns are left out."""
-    return [
-        Row(
-            strategy=line["strategy"],
-            seed=int(line["seed"]),
-            client=line["client"],
-            metric=line["metric"],
-            test=float(line["test"] or "nan"),
-            final=float(line["final"] or "nan"),
-            local_steps=int(line["local_steps"]),
-            personal_steps=int(line["personal_steps"]),
-            score_kind=line["score_kind"],
-            curve=(),
-        )
-        for line in csv.DictReader(io.StringIO(text))
-    ]
+def row_of(line: Mapping[str, str]) -> Row:
+    """A row of :func:`as_csv` by column, without its curve; other columns are left out."""
+    return Row(
+        strategy=line["strategy"],
+        seed=int(line["seed"]),
+        client=line["client"],
+        metric=line["metric"],
+        test=float(line["test"] or "nan"),
+        final=float(line["final"] or "nan"),
+        local_steps=int(line["local_steps"]),
+        personal_steps=int(line["personal_steps"]),
+        score_kind=line["score_kind"],
+        curve=(),
+    )
 
 
 _KINDS = {

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -17,6 +15,7 @@ from typing import Any
 
 from fedcmt.checkpoint import Workspace
 from fedcmt.config import ClientConfig, FederationConfig, load_config
+from fedcmt.engines.site_process import end_with
 from fedcmt.errors import InputError, RunError
 from fedcmt.federation import prepare_clients, run_federation
 from fedcmt.files import read_json
@@ -141,7 +140,7 @@ def _outcomes(
         return
     # Spawned: forking a process that has run torch's threads is not safe.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(processes, len(runs)), context, initializer=_end_with_parent) as pool:
+    with ProcessPoolExecutor(min(processes, len(runs)), context, end_with, (os.getpid(),)) as pool:
         going: dict[Future[str | None], Run] = {}
         while True:
             while len(going) < processes and (run := following()):
@@ -150,18 +149,6 @@ def _outcomes(
                 return
             for future in wait(going, return_when=FIRST_COMPLETED).done:
                 yield going.pop(future), future.result()
-
-
-def _end_with_parent() -> None:
-    """End this process where the one that started it ends, also by SIGKILL: else it would keep its run's workspace."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def run_one(config: FederationConfig, reports: bool = False) -> str | None:

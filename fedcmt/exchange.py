@@ -80,6 +80,5 @@ class ClientUpdate:
 
     def to(self, device: torch.device) -> ClientUpdate:
         """The same with all tensors on a device; those that are there already are not copied."""
-        parts = ("encoder", "adaptor", "decoder", "decoder_start")
-        tensors = {part: tensor for part in parts if (tensor := getattr(self, part)) is not None}
+        tensors = {part: tensor for part in (*PARTS, "decoder_start") if (tensor := getattr(self, part)) is not None}
         return replace(self, **{part: tensor.to(device) for part, tensor in tensors.items()})

@@ -20,7 +20,7 @@ from fedcmt import compare as comparing
 from fedcmt import comparison_runs
 from fedcmt.cli import main
 from fedcmt.compare import compare, parse_variants
-from fedcmt.comparison import Difference, Row, as_csv, as_markdown, difference, from_csv, share_of_headroom
+from fedcmt.comparison import Difference, Row, as_csv, as_markdown, difference, row_of, share_of_headroom
 from fedcmt.comparison_figures import curves_png, forest_png
 from fedcmt.errors import InputError, RunError
 
@@ -108,8 +108,9 @@ def test_scores_that_are_undefined_are_left_out_and_empty_in_the_csv() -> None:
     rows = [*example(), row("fedprox", 0, "a", math.nan)]
     text = as_csv(rows)
     assert text.splitlines()[-1] == "fedprox,0,a,dice,,,4,0,test"
-    assert as_csv(from_csv(text)) == text
-    assert {row.curve for row in from_csv(text)} == {()}
+    again = [row_of(line) for line in csv.DictReader(text.splitlines())]
+    assert as_csv(again) == text
+    assert {row.curve for row in again} == {()}
     assert "| fedprox | – | – |" in as_markdown(rows, "local", "test", tuning=False)
     for image in (curves_png(rows), forest_png(rows, "local", "test")):
         assert image.startswith(b"\x89PNG")

@@ -210,7 +210,7 @@ def test_a_trainer_ends_with_its_parent(tmp_path: Path) -> None:
     script = (
         "import os, subprocess, sys, time\n"
         "child = subprocess.Popen([sys.executable, '-c', 'import os, time\\n"
-        "from fedcmt.engines.site_process import _end_with\\n_end_with(os.getppid())\\n"
+        "from fedcmt.engines.site_process import end_with\\nend_with(os.getppid())\\n"
         "print(os.getpid(), flush=True)\\ntime.sleep(600)'], stdout=sys.stdout)\n"
         "time.sleep(600)\n"
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 from plan import Part, Plan, local_alike
 
 from fedcmt.compare import TEST_SEEDS_FROM, TUNING_SEEDS_FROM
-from fedcmt.comparison import Row, from_csv, read_run
+from fedcmt.comparison import Row, read_run, row_of
 from fedcmt.comparison_runs import Run, prepare_data, run_all, runs_of
 from fedcmt.config import load_config
 from fedcmt.variants import Variant
@@ -99,9 +98,10 @@ def carry_out(
 def published(path: Path) -> dict[str, dict[tuple[str, int], list[Row]]]:
     """Of each preset, the rows in ``results.csv`` of each variant and seed; they have no curves."""
     found: dict[str, dict[tuple[str, int], list[Row]]] = {}
-    text = path.read_text(encoding="utf-8")
-    for line, row in zip(csv.DictReader(io.StringIO(text)), from_csv(text), strict=True):
-        found.setdefault(line["preset"], {}).setdefault((row.strategy, row.seed), []).append(row)
+    with open(path, encoding="utf-8", newline="") as file:
+        for line in csv.DictReader(file):
+            row = row_of(line)
+            found.setdefault(line["preset"], {}).setdefault((row.strategy, row.seed), []).append(row)
     return found
 
 

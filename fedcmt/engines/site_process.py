@@ -169,8 +169,8 @@ def _read_into(stream: Any, view: memoryview) -> None:
         view = view[count:]
 
 
-def _end_with(parent: int) -> None:
-    """End this process when its parent is gone: nobody would ever read the answer."""
+def end_with(parent: int) -> None:
+    """End this process when its parent is gone: nobody would read its answer, and it would keep its workspace."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -211,5 +211,5 @@ def main(source: BinaryIO, target: BinaryIO) -> None:
 
 
 if __name__ == "__main__":
-    _end_with(os.getppid())
+    end_with(os.getppid())
     main(os.fdopen(int(sys.argv[1]), "rb", 0), os.fdopen(int(sys.argv[2]), "wb", 0))
